@@ -1,0 +1,981 @@
+"""GPT-2-Medium speedrun: train a 16-layer, 1024-wide GPT on FineWeb to a validation loss of 2.92 on 8xH100.
+
+The idea that gives the run its name is Smear-MTP: just before the language head, the output latent of the previous
+token, times one learned scalar, is added to the current one. This file reproduces the record of 2025-11-02
+(26 runs: mean loss 2.9193, mean time 1374.7 s; records/2025-11-02_SmearMTP/).
+
+    torchrun --standalone --nproc_per_node=8 train_gpt_medium.py           # the record; 1, 2 or 4 GPUs also work
+    torchrun --standalone --nproc_per_node=1 train_gpt_medium.py short     # a 300-step schedule, for trying ideas
+    python train_gpt_medium.py tiny                                        # a small model on a CPU
+
+Shards are read from the preset's `data_dir`, or from the folder named by the environment variable DATA_PATH.
+Shapes: T tokens of a sequence, C channels, H heads, D channels of a head, V rows of the head, B = T / 128 blocks.
+"""
+import copy
+import math
+import os
+import resource
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from tqdm import tqdm
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Constants: everything that an experiment changes
+
+SMEAR_MTP = True  # False, with num_iterations = 5550, is the previous record: the baseline of the comparison
+BLOCK_SIZE = 128  # tokens of an attention block
+
+
+class Layer(NamedTuple):
+    """One row of the layer plan."""
+    attention: bool = True
+    long_window: bool = False  # w blocks; the others see w // 2
+    value_embed: int | None = None  # table mixed into the values
+    skip_from: int | None = None  # earlier layer whose output is added first, weighted by skip_weights[skip_from]
+
+
+# Long windows and value embeddings at both ends, U-net skips in the middle [@KoszarskyB, modded-nanogpt];
+# no attention in layer 7 [@YouJiacheng, modded-nanogpt].
+RECORD_LAYERS = (
+    Layer(value_embed=0, long_window=True),
+    Layer(value_embed=1),
+    Layer(value_embed=2),
+    Layer(value_embed=3),
+    Layer(value_embed=4, long_window=True),
+    Layer(),
+    Layer(),
+    Layer(attention=False),
+    Layer(),
+    Layer(skip_from=6),
+    Layer(skip_from=4),
+    Layer(skip_from=2, value_embed=0, long_window=True),
+    Layer(value_embed=1),
+    Layer(value_embed=2),
+    Layer(value_embed=3),
+    Layer(value_embed=4, long_window=True),
+)
+
+
+class UserError(Exception):
+    """Something the user can put right: shown as one sentence, without a traceback."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every constant of a run; the defaults are the record. Lengths are in tokens unless a name says otherwise."""
+    preset: str = "medium"
+    # data
+    data_dir: str = "data/fineweb10B"
+    vocab_size: int = 50257
+    doc_token: int = 50256  # begins every document
+    seq_len: int = 64 * 1024  # one slice
+    num_slices: int = 8  # of the global batch, shared out over the ranks
+    val_tokens: int = 10_485_760  # the task's definition
+    val_seq_len: int = 4 * 64 * 1024
+    val_loss_chunks: int = 4  # logits of a validation sequence do not fit at once
+    # model
+    layers: tuple[Layer, ...] = RECORD_LAYERS
+    num_heads: int = 8
+    head_dim: int = 128
+    smear_mtp: bool = SMEAR_MTP
+    backout_from: int = 11  # layer whose output is mixed into the last latent
+    attention_scale: float = 0.12  # in place of 1/sqrt(D), since q and k are normed
+    rotary_base: float = 1024.0
+    logit_softcap: float = 15.0
+    init_scale: float = 0.5  # of 1/sqrt(C), as a standard deviation
+    dtype: torch.dtype = torch.bfloat16  # of weights, activations and Newton-Schulz; float32 for known answers
+    # AdamW: learning rates are multiplied by the schedule's factor
+    head_lr: float = 1 / 320
+    embed_lr: float = 0.3
+    scalar_lr: float = 0.015
+    adam_betas: tuple[float, float] = (0.8, 0.95)
+    adam_eps: float = 1e-10
+    # Muon
+    muon_lr: float = 0.03
+    muon_decay: float = 0.01
+    mlp_decay_factor: float = 2.0  # MLP matrices decay faster than attention's
+    momentum_start: float = 0.85
+    momentum_end: float = 0.95
+    momentum_warmup_steps: int = 300
+    update_smoothing: float = 0.2
+    # Snoo, the outer optimizer
+    snoo_every: int = 28  # inner steps
+    snoo_lr: float = 0.68
+    snoo_momentum: float = 0.37
+    # schedule
+    num_iterations: int = 5535
+    flat_fraction: float = 0.3  # of the run at the full learning rate
+    final_lr_factor: float = 0.01
+    max_window: int = 27 * 128
+    val_every: int = 125
+    # run
+    seed: int | None = None  # None draws one, so that runs are independent samples; the log names it
+    warmup_steps: int = 4  # untimed, on random tokens; what they change is put back
+    coordinate_descent_tuning: bool = True  # faster kernels for minutes of compilation
+
+    def __post_init__(self):
+        for ok, sentence in (
+            (self.seq_len % BLOCK_SIZE == 0, f"seq_len {self.seq_len} is not a multiple of {BLOCK_SIZE}"),
+            (self.val_seq_len % BLOCK_SIZE == 0, f"val_seq_len {self.val_seq_len} is not a multiple of {BLOCK_SIZE}"),
+            (self.val_seq_len % self.val_loss_chunks == 0, "val_loss_chunks does not divide val_seq_len"),
+            (self.val_tokens % self.val_seq_len == 0, f"val_tokens {self.val_tokens} is not a multiple of val_seq_len"),
+            (self.head_dim % 4 == 0, f"head_dim {self.head_dim} is not a multiple of 4"),
+            (self.doc_token < self.vocab_size, f"doc_token {self.doc_token} is not below vocab_size {self.vocab_size}"),
+            (all(layer.skip_from is None or layer.skip_from < i for i, layer in enumerate(self.layers)),
+             "a layer skips from itself or a later one"),
+            (self.backout_from < len(self.layers), f"backout_from {self.backout_from} is not a layer"),
+        ):
+            if not ok:
+                raise UserError(f"Config: {sentence}.")
+
+    @property
+    def model_dim(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.num_slices * self.seq_len
+
+
+PRESETS = {config.preset: config for config in (
+    Config(),
+    Config(preset="short", num_iterations=300, val_tokens=2**20, val_seq_len=2**17, val_every=50,
+           coordinate_descent_tuning=False),
+    Config(preset="tiny", data_dir="data/text", vocab_size=257, doc_token=256, seq_len=512, num_heads=4, head_dim=32,
+           num_iterations=48, max_window=4 * 128, snoo_every=14, momentum_warmup_steps=16,
+           val_tokens=2**14, val_seq_len=2**11, val_every=12, warmup_steps=1, coordinate_descent_tuning=False),
+)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention: documents and sliding windows in blocks of 128 tokens
+
+def norm(x: Tensor) -> Tensor:
+    """RMS norm over the last dimension, without a weight."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def window_block_mask(ids_T: Tensor, window_blocks: Tensor, doc_token: int) -> BlockMask:
+    """Causal attention within documents, cut to the nearest blocks.
+
+    ids_T: integer ids, T a multiple of 128. window_blocks: zero-dim integer tensor w, so that a growing window does not
+    recompile. A query block keeps its nearest w - 1 full and max(w - full, 1) partial blocks. Full: both blocks lie in
+    one document, every pair attends. Partial: q >= k and the same document are tested token by token.
+    Source of the scheme: [@KoszarskyB and @YouJiacheng, modded-nanogpt].
+    """
+    doc_T = (ids_T == doc_token).cumsum(0)
+    first_B, last_B = doc_T.view(-1, BLOCK_SIZE)[:, 0], doc_T.view(-1, BLOCK_SIZE)[:, -1]
+    block = torch.arange(first_B.numel(), device=ids_T.device)
+    overlap_BB = (first_B[:, None] <= last_B) & (last_B[:, None] >= first_B)
+    full_BB = (block[:, None] > block) & (first_B[:, None] == last_B) & (last_B[:, None] == first_B)
+    partial_BB = (block[:, None] >= block) & overlap_BB & ~full_BB
+
+    def nearest_first(kept_BB: Tensor) -> tuple[Tensor, Tensor]:
+        # Ascending and stable puts the kept blocks last, in order: flipped, they come first, nearest block first.
+        return kept_BB.sum(-1, dtype=torch.int32), kept_BB.int().argsort(dim=-1, stable=True).flip(-1).int()
+
+    num_full_B, full_index_BB = nearest_first(full_BB)
+    num_partial_B, partial_index_BB = nearest_first(partial_BB)
+    return BlockMask.from_kv_blocks(
+        torch.minimum(num_partial_B, (window_blocks - num_full_B).clamp_min(1))[None, None],
+        partial_index_BB[None, None],
+        torch.minimum(num_full_B, (window_blocks - 1).clamp_min(0))[None, None],  # w = 0 keeps no full block
+        full_index_BB[None, None],
+        BLOCK_SIZE=BLOCK_SIZE,
+        mask_mod=lambda b, h, q, k: (q >= k) & (doc_T[q] == doc_T[k]),
+    )
+
+
+def dense_mask(block_mask: BlockMask) -> Tensor:
+    """The pairs that `block_mask` lets attend, [T, T] bool: the CPU's and the tests' view of the same block lists."""
+    num_blocks = block_mask.kv_indices.size(-1)
+    position = torch.arange(num_blocks * BLOCK_SIZE, device=block_mask.kv_indices.device)
+
+    def listed(num: Tensor, index: Tensor) -> Tensor:
+        kept_BB = position[:num_blocks] < num[0, 0, :, None]
+        chosen_BB = torch.zeros_like(kept_BB).scatter_(1, index[0, 0].long(), kept_BB)
+        return chosen_BB.repeat_interleave(BLOCK_SIZE, 0).repeat_interleave(BLOCK_SIZE, 1)
+
+    partial_TT = listed(block_mask.kv_num_blocks, block_mask.kv_indices)
+    full_TT = listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
+    return full_TT | (partial_TT & block_mask.mask_mod(0, 0, position[:, None], position))
+
+
+def attend(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, mask: BlockMask | Tensor, scale: float) -> Tensor:
+    """Softmax attention, [T, H, D] -> [T, H, D].
+
+    A BlockMask goes to FlexAttention, which must be compiled: eager FlexAttention ignores block lists. A dense [T, T]
+    mask goes to torch's own attention: FlexAttention has no backward on a CPU.
+    """
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_THD, k_THD, v_THD))
+    if isinstance(mask, BlockMask):
+        y = flex_attention(q, k, v, block_mask=mask, scale=scale)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return y[0].transpose(0, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimizers: AdamW, then Muon, then Snoo
+
+# One row per Newton-Schulz step: a, b, c of X <- aX + (bA + cA^2)X [@YouJiacheng, modded-nanogpt].
+NEWTON_SCHULZ_COEFFICIENTS = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
+
+
+def newton_schulz(g: Tensor) -> Tensor:
+    """Orthogonalise a batch of matrices [..., rows, cols] approximately, in the dtype of `g` throughout.
+
+    Singular values end up near 1, not at it. Source: Muon [@kellerjordan, 2024].
+    """
+    x = g.mT if g.size(-2) > g.size(-1) else g
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for a, b, c in NEWTON_SCHULZ_COEFFICIENTS:
+        A = x @ x.mT
+        x = a * x + (b * A + (c * A) @ A) @ x
+    return x.mT if g.size(-2) > g.size(-1) else x
+
+
+def join_mantissa(upper: Tensor, mantissa: Tensor) -> Tensor:
+    """fp32 numbers from their upper 16 bits (bf16) and lower 16 bits (int16). int32 arithmetic runs on a CPU too."""
+    return ((upper.view(torch.int16).int() << 16) | (mantissa.int() & 0xFFFF)).view(torch.float32)
+
+
+def split_mantissa(w: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 -> (upper 16 bits as bf16: truncated, not rounded; lower 16 bits as int16)."""
+    bits = w.view(torch.int32)
+    return (bits >> 16).short().view(torch.bfloat16), bits.short()
+
+
+def muon_update(p: Tensor, grad: Tensor, momentum_buffer: Tensor, smooth: Tensor, mantissa: Tensor, momentum: Tensor,
+                lr: Tensor, decay: Tensor, smoothing: float) -> None:
+    """One Muon step, in place, on a matrix or batch of matrices [..., rows, cols].
+
+    p, grad, smooth: the model's dtype. momentum_buffer: fp32. mantissa: int16, lower half of a bf16 p; unused if p is
+    fp32. momentum, lr, decay: zero-dim fp64 tensors on the CPU, so that schedules do not recompile.
+    Smoothing (an average of updates) and mantissas are from the medium track [@snimu, modded-nanogpt].
+    """
+    fresh = (1 - momentum) * grad.float()
+    momentum_buffer.copy_(momentum * momentum_buffer + fresh)
+    u = newton_schulz((momentum * momentum_buffer + fresh).to(p.dtype))
+    c = torch.tensor(smoothing, dtype=smooth.dtype)
+    smooth.copy_(c * smooth + (1 - c) * u)
+    w = p if p.dtype == torch.float32 else join_mantissa(p, mantissa)
+    w = w * (1 - lr * decay) - lr * max(1, p.size(-2) / p.size(-1)) ** 0.5 * smooth.float()
+    if p.dtype == torch.float32:
+        p.copy_(w)
+    else:
+        upper, lower = split_mantissa(w)
+        p.copy_(upper)
+        mantissa.copy_(lower)
+
+
+class Muon:
+    """Muon on the blocks' matrices, each updated by one rank and then sent to all.
+
+    params: (parameter, decay) pairs in the same order on every rank; the i-th belongs to rank i % world.size, which
+    alone holds its state: momentum (fp32), smoothed update (the parameter's dtype), mantissa (int16).
+    """
+    def __init__(self, params: list[tuple[nn.Parameter, float]], smoothing: float, world: "World",
+                 update: Callable[..., None] = muon_update):
+        self.params, self.smoothing, self.world, self.update = params, smoothing, world, update
+        self.state = {
+            i: dict(momentum_buffer=torch.zeros_like(p, dtype=torch.float32), smooth=torch.zeros_like(p),
+                    mantissa=torch.zeros_like(p, dtype=torch.int16))
+            for i, (p, _) in enumerate(params) if i % world.size == world.rank
+        }
+
+    @torch.no_grad()
+    def step(self, lr: float, momentum: float) -> None:
+        as_tensor = partial(torch.tensor, dtype=torch.float64)
+        for i, state in self.state.items():
+            p, decay = self.params[i]
+            self.update(p, p.grad, **state, momentum=as_tensor(momentum), lr=as_tensor(lr), decay=as_tensor(decay),
+                        smoothing=self.smoothing)
+        if self.world.size > 1:
+            for i, (p, _) in enumerate(self.params):
+                dist.broadcast(p.data, src=i % self.world.size)
+
+    def state_dict(self) -> dict[int, dict[str, Tensor]]:
+        return self.state
+
+    def load_state_dict(self, saved: dict[int, dict[str, Tensor]]) -> None:
+        for i, state in self.state.items():
+            for name, tensor in state.items():
+                tensor.copy_(saved[i][name])
+
+
+class Snoo:
+    """Step-K Nesterov outer optimizer: SGD at the last outer weights, with the way since then as the gradient.
+
+    Holds a copy of all parameters and their momentum, in the parameters' dtypes, on every rank.
+    Source: [@dominikkallusky, Snoo, arXiv 2510.15830].
+    """
+    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float):
+        self.params = params
+        self.outer = [p.detach().clone() for p in params]
+        # Fused rounds least; on a CPU torch 2.13's fused SGD leaves bf16 parameters where they were.
+        self.sgd = torch.optim.SGD(self.outer, lr=lr, momentum=momentum, nesterov=True, fused=self.outer[0].is_cuda)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for outer, p in zip(self.outer, self.params):
+            outer.grad = outer - p
+        self.sgd.step()
+        self.sgd.zero_grad(set_to_none=True)
+        for outer, p in zip(self.outer, self.params):
+            p.copy_(outer)
+
+    def state_dict(self) -> dict:
+        return {"outer": self.outer, "sgd": self.sgd.state_dict()}
+
+    @torch.no_grad()
+    def load_state_dict(self, saved: dict) -> None:
+        for outer, tensor in zip(self.outer, saved["outer"]):
+            outer.copy_(tensor)
+        self.sgd.load_state_dict(saved["sgd"])
+
+
+def average_over_ranks(grad: Tensor, world_size: int) -> None:
+    """Replace `grad` by its mean over ranks, bitwise the same on all: summed in fp32, rounded once to its own dtype.
+
+    Every rank receives one part of the tensor from all, averages it, and sends it to all: the bytes of a ring
+    all-reduce, without its rounding at every hop. The sum is pairwise, so that equal gradients average to themselves.
+    """
+    flat = F.pad(grad.flatten(), (0, -grad.numel() % world_size))
+    received = torch.empty_like(flat)
+    dist.all_to_all_single(received, flat)
+    parts = received.view(world_size, -1).float()
+    while parts.size(0) > 1:
+        parts = parts[0::2] + parts[1::2]
+    dist.all_gather_into_tensor(flat, (parts[0] / world_size).to(grad.dtype))
+    grad.copy_(flat[:grad.numel()].view_as(grad))
+
+
+class Optimizer:
+    """All parameters' updates, in the order of the record: gradients averaged over ranks, AdamW, Muon, Snoo.
+
+    A parameter's role (its name without block and table numbers) selects its learning rate and decay; a role that has
+    none is an error.
+    """
+    def __init__(self, model: "GPT", config: Config, world: "World", muon_update: Callable[..., None] = muon_update):
+        self.config, self.world = config, world
+        scalars = ("skip_weights", "block_lambdas", "attn_lambdas", "smear_lambda", "backout_lambdas")
+        adam_lr = {"lm_head": config.head_lr, "embed1": config.embed_lr, "embed2": config.embed_lr,
+                   "value_embeds": config.embed_lr, **dict.fromkeys(scalars, config.scalar_lr)}
+        mlp_decay = config.muon_decay * config.mlp_decay_factor
+        muon_decay = {"qkvo": config.muon_decay, "mlp_fc": mlp_decay, "mlp_proj": mlp_decay}
+        by_role: dict[str, list[nn.Parameter]] = {}
+        for name, p in model.named_parameters():  # embed1, value_embeds.3, blocks.5.mlp_fc
+            role, *rest = name.removeprefix("blocks.").split(".")
+            by_role.setdefault(rest[0] if role.isdigit() else role, []).append(p)
+        if unknown := by_role.keys() - adam_lr.keys() - muon_decay.keys():
+            raise ValueError(f"no optimizer for {sorted(unknown)}")
+        self.params = list(model.parameters())
+        # fused: states in the parameter's dtype, arithmetic in fp32, rounded to nearest.
+        self.adamw = torch.optim.AdamW(
+            [dict(params=by_role[role], base_lr=lr) for role, lr in adam_lr.items() if role in by_role],
+            betas=config.adam_betas, eps=config.adam_eps, weight_decay=0.0, fused=True)
+        self.muon = Muon([(p, decay) for role, decay in muon_decay.items() for p in by_role[role]],
+                         config.update_smoothing, world, muon_update)
+        self.snoo = Snoo(self.params, config.snoo_lr, config.snoo_momentum)
+
+    def step(self, step: int) -> None:
+        """Update all parameters from their gradients of step number `step` (from 0), and drop the gradients."""
+        if self.world.size > 1:
+            for p in self.params:
+                average_over_ranks(p.grad, self.world.size)
+        factor = lr_factor(step, self.config)
+        for group in self.adamw.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        self.adamw.step()
+        self.muon.step(self.config.muon_lr * factor, muon_momentum(step, self.config))
+        if step % self.config.snoo_every == 0:
+            self.snoo.step()
+        for p in self.params:
+            p.grad = None
+
+    def state_dict(self) -> dict:
+        """This rank's states, not copied."""
+        return {"adamw": self.adamw.state_dict(), "muon": self.muon.state_dict(), "snoo": self.snoo.state_dict()}
+
+    def load_state_dict(self, saved: dict) -> None:
+        self.adamw.load_state_dict(saved["adamw"])
+        self.muon.load_state_dict(saved["muon"])
+        self.snoo.load_state_dict(saved["snoo"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model
+
+class Rotary(nn.Module):
+    """Rotary positions on half of the channels of a head; the other half never rotates.
+
+    Truncated base-frequency tuning: [@YouJiacheng, modded-nanogpt].
+    """
+    def __init__(self, head_dim: int, base: float, max_len: int):
+        super().__init__()
+        frequencies = (1 / base) ** torch.linspace(0, 1, head_dim // 4, dtype=torch.float32)
+        theta = torch.outer(torch.arange(max_len, dtype=torch.float32), F.pad(frequencies, (0, head_dim // 4)))
+        self.register_buffer("cos", theta.cos()[:, None], persistent=False)  # [max_len, 1, D / 2]
+        self.register_buffer("sin", theta.sin()[:, None], persistent=False)
+
+    def forward(self, x_THD: Tensor) -> Tensor:
+        cos, sin = self.cos[:x_THD.size(0)], self.sin[:x_THD.size(0)]
+        x1, x2 = x_THD.float().chunk(2, dim=-1)
+        return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1).type_as(x_THD)
+
+
+class Block(nn.Module):
+    """One layer: attention without a norm in front (q, k and v are normed instead), then an MLP with relu squared."""
+    def __init__(self, config: Config, layer: Layer):
+        super().__init__()
+        C = config.model_dim
+        self.num_heads, self.attention_scale = config.num_heads, config.attention_scale
+        bound = 3 ** 0.5 * config.init_scale * C ** -0.5  # uniform in +-bound
+        if layer.attention:
+            qkvo = torch.empty(4, C, C).uniform_(-bound, bound)
+            qkvo[3] = 0
+            self.qkvo = nn.Parameter(qkvo.to(config.dtype))
+        self.mlp_fc = nn.Parameter(torch.empty(4 * C, C).uniform_(-bound, bound).to(config.dtype))
+        self.mlp_proj = nn.Parameter(torch.zeros(C, 4 * C, dtype=config.dtype))
+
+    def attention(self, x: Tensor, value_embed: Tensor | None, lambdas: Tensor, rotary: Rotary,
+                  mask: BlockMask | Tensor) -> Tensor:
+        """x, value_embed: [T, C]; lambdas: [2], the shares of value and value embedding."""
+        qkv = F.linear(x, self.qkvo[:3].flatten(0, 1)).view(x.size(0), 3, self.num_heads, -1)
+        q, k, v = norm(qkv).unbind(1)
+        v = lambdas[0] * v
+        if value_embed is not None:
+            v = v + lambdas[1] * value_embed.view_as(v)
+        y = attend(rotary(q), rotary(k), v, mask, self.attention_scale)
+        return F.linear(y.flatten(1), self.qkvo[3])
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return F.linear(F.relu(F.linear(norm(x), self.mlp_fc)).square(), self.mlp_proj)
+
+
+def smear(x: Tensor, smear_lambda: Tensor) -> Tensor:
+    """Smear-MTP: y[t] = x[t] + lambda x[t - 1], [T, C] -> [T, C]; y[0] = x[0]. Looks across document borders."""
+    return torch.cat((x[:1], x[1:] + smear_lambda * x[:-1]))
+
+
+class GPT(nn.Module):
+    """The record's model: 16 layers, value embeddings, skips, backout, Smear-MTP. Initial values are drawn here."""
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        num_layers, C = len(config.layers), config.model_dim
+        num_value_embeds = len({layer.value_embed for layer in config.layers} - {None})
+
+        def table() -> nn.Parameter:
+            return nn.Parameter(torch.randn(config.vocab_size, C).to(config.dtype))
+
+        self.embed1, self.embed2 = table(), table()
+        self.value_embeds = nn.ParameterList(table() for _ in range(num_value_embeds))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in config.layers)
+        self.rotary = Rotary(config.head_dim, config.rotary_base, max(config.seq_len, config.val_seq_len))
+        # Rows are padded to a multiple of 128 [@Grad62304977, modded-nanogpt]; all of them count in the loss.
+        self.lm_head = nn.Parameter(torch.zeros(-(-config.vocab_size // 128) * 128, C, dtype=torch.float32))
+        self.skip_weights = nn.Parameter(torch.ones(num_layers))
+        self.block_lambdas = nn.Parameter(torch.tensor([1.0, 0.0, 0.0]).repeat(num_layers, 1))
+        self.attn_lambdas = nn.Parameter(torch.full((num_layers, 2), 0.5))
+        if config.smear_mtp:
+            self.smear_lambda = nn.Parameter(torch.tensor(0.0))  # zero-dim: a [1] tensor would promote bf16 to fp32
+        self.backout_lambdas = nn.Parameter(torch.tensor([1.0, 0.0]))
+
+    def latents(self, ids: Tensor, window_blocks: Tensor) -> Tensor:
+        """ids [T] integer, window_blocks zero-dim integer -> the head's input [T, C], smeared."""
+        masks = [window_block_mask(ids, w, self.config.doc_token) for w in (window_blocks, window_blocks // 2)]
+        if not ids.is_cuda:
+            masks = [dense_mask(mask) for mask in masks]
+        long_mask, short_mask = masks
+        x = x00 = norm(F.embedding(ids, self.embed1))
+        x01 = norm(F.embedding(ids, self.embed2))
+        value_embeds = [F.embedding(ids, table) for table in self.value_embeds]
+        outputs: list[Tensor] = []
+        for i, (layer, block) in enumerate(zip(self.config.layers, self.blocks)):
+            if layer.skip_from is not None:
+                x = x + self.skip_weights[layer.skip_from] * outputs[layer.skip_from]
+            x_lambda, x00_lambda, x01_lambda = self.block_lambdas[i]
+            x = x_lambda * x + x00_lambda * x00 + x01_lambda * x01
+            if layer.attention:
+                value_embed = None if layer.value_embed is None else value_embeds[layer.value_embed]
+                x = x + block.attention(x, value_embed, self.attn_lambdas[i], self.rotary,
+                                        long_mask if layer.long_window else short_mask)
+            x = x + block.mlp(x)
+            outputs.append(x)
+        x = self.backout_lambdas[0] * norm(x) + self.backout_lambdas[1] * norm(outputs[self.config.backout_from])
+        return smear(x, self.smear_lambda) if self.config.smear_mtp else x
+
+    def logits(self, latents: Tensor) -> Tensor:
+        """[T, C] -> softcapped [T, V] in fp32."""
+        z = F.linear(latents, self.lm_head.to(latents.dtype)).float()
+        softcap = self.config.logit_softcap
+        return softcap * z * torch.rsqrt(z.square() + softcap ** 2)
+
+    def forward(self, ids: Tensor, targets: Tensor, window_blocks: Tensor) -> Tensor:
+        """Mean cross-entropy in nats (fp32). ids: [T] integer, targets: [T] int64, window_blocks: zero-dim integer."""
+        latents = self.latents(ids, window_blocks)
+        chunks = 1 if self.training else self.config.val_loss_chunks
+        losses = [F.cross_entropy(self.logits(y), t) for y, t in zip(latents.chunk(chunks), targets.chunk(chunks))]
+        return torch.stack(losses).mean()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: shards of 256 little-endian int32 (the header), then uint16 token ids
+
+class World(NamedTuple):
+    """This process among the ranks of the run."""
+    rank: int
+    size: int
+    device: torch.device
+
+
+HEADER_BYTES = 256 * 4
+SHARD_MAGIC, SHARD_VERSION = 20240520, 1
+PUBLISHED_SHARD_TOKENS = 100_000_000  # to say how many shards a run needs before one is there to be read
+
+
+class Shard(NamedTuple):
+    path: Path
+    num_tokens: int
+
+    def num_batches(self, batch_tokens: int) -> int:
+        """Whole global batches, each of which also needs the next token as its last target; the tail is dropped."""
+        return (self.num_tokens - 1) // batch_tokens
+
+    def read(self, count: int) -> np.ndarray:
+        """The first `count` tokens, uint16. Raises UserError if they are not there (any more)."""
+        tokens = np.fromfile(self.path, dtype="<u2", count=count, offset=HEADER_BYTES)
+        if len(tokens) < count:
+            raise UserError(f"{self.path} ends after {len(tokens):,} of {count:,} tokens: fetch or make it anew.")
+        return tokens
+
+
+def open_shard(path: Path, config: Config) -> Shard:
+    """Check a shard's header and size against the format and the model's vocabulary. Raises UserError."""
+    try:
+        header = np.fromfile(path, dtype="<i4", count=256)
+        size = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): put a shard there.") from error
+    if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise UserError(f"{path} is not a version {SHARD_VERSION} token shard: fetch or make it anew.")
+    num_tokens, vocab_size, doc_token = int(header[2]), int(header[3]) or 50257, int(header[4]) or 50256
+    if size != HEADER_BYTES + 2 * num_tokens or num_tokens < 1:
+        raise UserError(f"{path} is damaged: {size:,} bytes where its header's {num_tokens:,} tokens need "
+                        f"{HEADER_BYTES + 2 * num_tokens:,}: fetch or make it anew.")
+    if (vocab_size, doc_token) != (config.vocab_size, config.doc_token):
+        raise UserError(f"{path} holds ids of a vocabulary of {vocab_size} with document id {doc_token}, preset "
+                        f"{config.preset} needs {config.vocab_size} and {config.doc_token}: use other shards.")
+    return Shard(path, num_tokens)
+
+
+def find_shards(config: Config) -> tuple[list[Shard], Shard]:
+    """The training shards that the schedule consumes, in order, and the validation shard. Reads headers only.
+
+    Raises UserError where one is missing, damaged or foreign, or where all of them are too few.
+    """
+    folder = Path(config.data_dir)
+    prefixes = sorted({path.name.split("_train_")[0] for path in folder.glob("*_train_*.bin")})
+    if len(prefixes) > 1:
+        raise UserError(f"{folder} mixes shards of {' and '.join(prefixes)}: keep each kind in a folder of its own.")
+    prefix, = prefixes or ["*"]
+    train_shards: list[Shard] = []
+    num_batches, per_shard = 0, (PUBLISHED_SHARD_TOKENS - 1) // config.batch_tokens
+    while num_batches < config.num_iterations:
+        path = folder / f"{prefix}_train_{len(train_shards) + 1:06d}.bin"
+        if not path.exists():
+            needed = len(train_shards) + math.ceil((config.num_iterations - num_batches) / per_shard)
+            raise UserError(f"{path} is missing: {config.num_iterations:,} steps of {config.batch_tokens:,} tokens need"
+                            f" {needed} training shards, {prefix}_train_000001.bin to {prefix}_train_{needed:06d}.bin "
+                            f"(data/README.md says how to get or make them).")
+        shard = open_shard(path, config)
+        per_shard = shard.num_batches(config.batch_tokens)
+        if per_shard == 0:
+            raise UserError(f"{path} is too short: its {shard.num_tokens:,} tokens do not hold one global batch of "
+                            f"{config.batch_tokens:,} and its last target: use longer shards.")
+        train_shards.append(shard)
+        num_batches += per_shard
+    val_shard = open_shard(folder / f"{prefix}_val_000000.bin", config)
+    if val_shard.num_tokens <= config.val_tokens:
+        raise UserError(f"{val_shard.path} is too short: validation needs {config.val_tokens + 1:,} tokens, it holds "
+                        f"{val_shard.num_tokens:,}: fetch or make it anew.")
+    return train_shards, val_shard
+
+
+def split_slices(tokens: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
+    """[n * seq_len + 1] int32 tokens -> inputs [n, seq_len] int32 and targets [n, seq_len] int64, shifted by one."""
+    return tokens[:-1].view(-1, seq_len), tokens[1:].long().view(-1, seq_len)
+
+
+class TrainLoader:
+    """This rank's slices of batch 0, 1, 2, ...: (inputs [n, seq_len] int32, targets [n, seq_len] int64) per step.
+
+    The global batch is num_slices slices, rank r takes the r-th run of num_slices / world.size of them. A thread makes
+    the next batch and another reads the next shard; what goes wrong in either is raised by the very next `next()`.
+    """
+    def __init__(self, shards: list[Shard], config: Config, world: World):
+        self.shards, self.config, self.world = shards, config, world
+        self.pinned = world.device.type == "cuda"  # a fresh thread would pin memory in a context of GPU 0
+        self.pool = ThreadPoolExecutor(2, initializer=torch.cuda.set_device if self.pinned else None,
+                                       initargs=(world.device,) if self.pinned else ())
+        self.source = self._batches()
+        self.pending = self.pool.submit(next, self.source)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        tokens = self.pending.result()
+        self.pending = self.pool.submit(next, self.source)
+        return split_slices(tokens.to(self.world.device, non_blocking=True), self.config.seq_len)
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def _batches(self) -> Iterator[Tensor]:
+        batch_tokens, rank_tokens = self.config.batch_tokens, self.config.batch_tokens // self.world.size
+        upcoming = self.pool.submit(self.shards[0].read, self.shards[0].num_tokens)
+        for shard, following in zip(self.shards, [*self.shards[1:], None]):
+            tokens = upcoming.result()
+            if following is not None:
+                upcoming = self.pool.submit(following.read, following.num_tokens)
+            for batch in range(shard.num_batches(batch_tokens)):
+                if upcoming.done():
+                    upcoming.result()  # a shard that cannot be read stops the run now, not when its turn comes
+                start = batch * batch_tokens + self.world.rank * rank_tokens
+                mine = tokens[start:start + rank_tokens + 1]
+                if mine.max() >= self.config.vocab_size:
+                    raise UserError(f"{shard.path} holds id {mine.max()}, outside the vocabulary of "
+                                    f"{self.config.vocab_size}: fetch or make it anew.")
+                out = torch.from_numpy(mine.astype(np.int32))
+                yield out.pin_memory() if self.pinned else out
+        raise UserError(f"training data ended with {self.shards[-1].path}: the schedule needs more shards.")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Schedules: functions of the step in progress, counted from 0
+
+def lr_factor(step: int, config: Config) -> float:
+    """Flat, then linear down to final_lr_factor at the end of the run."""
+    progress = step / config.num_iterations
+    if progress < config.flat_fraction:
+        return 1.0
+    remaining = (1 - progress) / (1 - config.flat_fraction)
+    return remaining * 1.0 + (1 - remaining) * config.final_lr_factor
+
+
+def muon_momentum(step: int, config: Config) -> float:
+    warmed = min(step / config.momentum_warmup_steps, 1)
+    return (1 - warmed) * config.momentum_start + warmed * config.momentum_end
+
+
+def num_window_blocks(step: int, config: Config) -> int:
+    """Long window in blocks: grows fast, rests in the middle of the run, grows again [@Gusarich, modded-nanogpt]."""
+    p = step / config.num_iterations
+    window = config.max_window * (4 * p ** 3 - 6 * p ** 2 + 3 * p)
+    return max(1, math.ceil(window / BLOCK_SIZE))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run: clock, log, steps, validation
+
+class Clock:
+    """Training time. Stopped: compilation, warm-up and validation. Both switches wait for the GPU and for all ranks."""
+    def __init__(self, world: World):
+        self.world, self.seconds, self.started = world, 0.0, None
+
+    def _wait_for_all(self) -> None:
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+        if self.world.size > 1:
+            dist.barrier()
+
+    def start(self) -> None:
+        self._wait_for_all()
+        self.started = time.perf_counter()
+
+    def stop(self) -> None:
+        self._wait_for_all()
+        self.seconds = self.read_seconds()
+        self.started = None
+
+    def read_seconds(self) -> float:
+        """Without waiting for the GPU: exact only while stopped."""
+        return self.seconds + (time.perf_counter() - self.started if self.started is not None else 0.0)
+
+
+class Log:
+    """logs/<run id>.txt through one handle, written by rank 0 alone and flushed line by line."""
+    def __init__(self, world: World):
+        self.file = None
+        if world.rank == 0:
+            self.path = Path("logs") / f"{uuid.uuid4()}.txt"
+            try:
+                self.path.parent.mkdir(exist_ok=True)
+                self.file = open(self.path, "w", buffering=1)
+            except OSError as error:
+                raise UserError(f"{self.path} cannot be written ({error.strerror}): make room for it.") from error
+
+    def __call__(self, text: str, console: bool = False) -> None:
+        if self.file is not None:
+            print(text, file=self.file)
+            if console:
+                tqdm.write(text, file=sys.stdout)
+
+
+def as_window(blocks: int, device: torch.device) -> Tensor:
+    """A tensor, so that a growing window does not recompile; filled on the device, so that nothing waits."""
+    return torch.full((), blocks, dtype=torch.int32, device=device)
+
+
+def train_step(model: GPT, optimizer: Optimizer, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
+    """One step on this rank's slices [n, T]: gradients averaged over micro-batches (in fp32) and ranks, then applied.
+
+    Returns the mean training loss of these slices, on the device.
+    """
+    window_blocks = as_window(num_window_blocks(step, model.config), inputs.device)
+    losses = []
+    means: list[Tensor] = []
+    for n, (ids, target) in enumerate(zip(inputs, targets), start=1):
+        loss = model(ids, target, window_blocks)
+        loss.backward()
+        losses.append(loss.detach())
+        if len(inputs) > 1:
+            grads = [p.grad.float() for p in optimizer.params]
+            # A running mean leaves equal gradients exactly equal, which a sum divided at the end does not.
+            means = [mean.lerp_(grad, 1 / n) for mean, grad in zip(means, grads)] if means else grads
+            for p in optimizer.params:
+                p.grad = None
+    for p, mean in zip(optimizer.params, means):
+        p.grad = mean.to(p.dtype)
+    optimizer.step(step)
+    return torch.stack(losses).mean()
+
+
+@torch.no_grad()
+def evaluate(model: GPT, shard: Shard, step: int, world: World) -> float:
+    """Mean loss in nats over the first val_tokens targets after `step` completed steps, the same on all ranks.
+
+    Sequences are dealt out to the ranks in turn. Raises UserError if the loss is not finite.
+    """
+    config = model.config
+    tokens = torch.from_numpy(shard.read(config.val_tokens + 1).astype(np.int32))
+    inputs, targets = split_slices(tokens, config.val_seq_len)
+    window_blocks = as_window(num_window_blocks(step, config), world.device)
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    for i in range(world.rank, len(inputs), world.size):
+        total += model(inputs[i].to(world.device), targets[i].to(world.device), window_blocks)
+    model.train()
+    if world.size > 1:
+        dist.all_reduce(total)
+    val_loss = total.item() / len(inputs)
+    if not math.isfinite(val_loss):
+        raise UserError(f"validation loss is {val_loss} after {step} steps: lower the learning rates, check the data.")
+    return val_loss
+
+
+def warm_up(model: GPT, optimizer: Optimizer, world: World) -> None:
+    """Compile and run everything on random tokens, then put every parameter and every optimizer state back.
+
+    The tokens come from a generator of their own; steps are spread over the schedule, so that windows differ.
+    """
+    config = model.config
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    rng = np.random.default_rng(world.rank)
+
+    def random_slices(num_slices: int, seq_len: int) -> tuple[Tensor, Tensor]:
+        ids = rng.integers(config.vocab_size, size=num_slices * seq_len + 1, dtype=np.int32)
+        return split_slices(torch.from_numpy(ids).to(world.device), seq_len)
+
+    for i in range(config.warmup_steps):
+        step = i * config.num_iterations // config.warmup_steps
+        train_step(model, optimizer, *random_slices(config.num_slices // world.size, config.seq_len), step)
+    model.eval()
+    with torch.no_grad():
+        ids, targets = random_slices(1, config.val_seq_len)
+        model(ids[0], targets[0], as_window(1, world.device))
+    model.train()
+    model.load_state_dict(before[0])
+    optimizer.load_state_dict(before[1])
+
+
+def report_scalars(model: GPT) -> str:
+    """What the learned scalars of the run's ideas have come to, as fields of a validation line."""
+    values = {"smear_lambda": model.smear_lambda.item()} if model.config.smear_mtp else {}
+    values |= {f"backout_lambda_{i}": value for i, value in enumerate(model.backout_lambdas.tolist())}
+    return " ".join(f"{name}:{value:.6f}" for name, value in values.items())
+
+
+def train(model: GPT, optimizer: Optimizer, loader: TrainLoader, val_shard: Shard, world: World, log: Log) -> float:
+    """The loop: num_iterations steps, and a validation before the first, every val_every and after the last.
+
+    Returns the final validation loss.
+    """
+    config, clock = model.config, Clock(world)
+    progress = tqdm(total=config.num_iterations, unit="step", disable=None if world.rank == 0 else True)
+    for step in range(config.num_iterations + 1):  # the last pass only validates
+        finished = step == config.num_iterations
+        if finished or step % config.val_every == 0:
+            if step:
+                clock.stop()
+            val_loss = evaluate(model, val_shard, step, world)
+            train_ms = 1000 * clock.seconds
+            log(f"step:{step}/{config.num_iterations} val_loss:{val_loss:.6f} train_time:{train_ms:.0f}ms "
+                f"step_avg:{train_ms / max(step, 1):.2f}ms {report_scalars(model)}", console=True)
+            if finished:
+                break
+            clock.start()
+        train_step(model, optimizer, *next(loader), step)
+        train_ms = 1000 * clock.read_seconds()  # no synchronisation for a log line: the GPU may be a few steps behind
+        log(f"step:{step + 1}/{config.num_iterations} train_time:{train_ms:.0f}ms "
+            f"step_avg:{train_ms / (step + 1):.2f}ms")
+        progress.update()
+    progress.close()
+    return val_loss
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Start and end
+
+def find_world(config: Config) -> World:
+    """This process's place among those that torchrun started (one, without it). Raises UserError if it cannot work."""
+    rank, size, local_rank, local_size = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    if config.num_slices % size:
+        raise UserError(f"{size} processes cannot share {config.num_slices} slices equally: "
+                        f"give --nproc_per_node a divisor of {config.num_slices}.")
+    if not torch.cuda.is_available():
+        if config.preset != "tiny":
+            raise UserError(f"preset {config.preset} needs a CUDA GPU and none is visible: on a CPU, use preset tiny.")
+        return World(rank, size, torch.device("cpu"))
+    if local_size > torch.cuda.device_count():
+        raise UserError(f"{local_size} processes but {torch.cuda.device_count()} visible GPUs: "
+                        f"give --nproc_per_node the number of GPUs.")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return World(rank, size, device)
+
+
+def device_name(device: torch.device) -> str:
+    """For people: the GPU's name, with a word of warning if it is not the kind this script is tuned for."""
+    if device.type == "cpu":
+        return "CPU process"
+    hopper = torch.cuda.get_device_capability(device) == (9, 0)
+    note = "" if hopper else " (not a Hopper GPU, for which this script is tuned: it should run, but slower)"
+    return torch.cuda.get_device_name(device) + note
+
+
+def peak_memory(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024} MiB resident"
+    return (f"{torch.cuda.max_memory_allocated() // 2**20} MiB allocated, "
+            f"{torch.cuda.max_memory_reserved() // 2**20} MiB reserved")
+
+
+def draw_seed(config: Config, world: World) -> int:
+    """The configured seed, or one from the system that all ranks share."""
+    drawn = int.from_bytes(os.urandom(4), "little") if config.seed is None else config.seed
+    seed = torch.tensor(drawn, device=world.device)
+    if world.size > 1:
+        dist.broadcast(seed, src=0)
+    return int(seed)
+
+
+def describe_run(config: Config, train_shards: list[Shard], seed: int, world: World) -> str:
+    """Versions, hardware, every constant, data and seed, for the head of the log."""
+    try:
+        nvidia_smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout
+    except OSError:
+        nvidia_smi = "no nvidia-smi on this machine"
+    synthetic = train_shards[0].path.name.startswith("synthetic")
+    return "\n".join((
+        f"Running Python {sys.version}",
+        f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}",
+        f"on {world.size} x {device_name(world.device)}",
+        nvidia_smi,
+        *(f"{name} = {value!r}" for name, value in asdict(config).items()),
+        f"seed drawn or given: {seed}",
+        f"training shards: {train_shards[0].path} to {train_shards[-1].path}"
+        + (" (SYNTHETIC tokens: times count, losses mean nothing)" if synthetic else ""),
+    ))
+
+
+def main(config: Config) -> float:
+    """Train as `config` says and return the final validation loss. Raises UserError for what the user can put right."""
+    source = Path(__file__).read_text()
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    world = find_world(config)
+    train_shards, val_shard = find_shards(config)
+    log = Log(world)
+    if world.size > 1:
+        dist.init_process_group("nccl" if world.device.type == "cuda" else "gloo")
+    try:
+        seed = draw_seed(config, world)
+        torch.manual_seed(seed)
+        log("\n".join((source, "=" * 100, describe_run(config, train_shards, seed, world), "=" * 100)))
+        if world.rank == 0:
+            print(f"preset {config.preset}, {world.size} x {device_name(world.device)}, log {log.path}", flush=True)
+        with world.device:
+            model = GPT(config)
+        update = muon_update
+        if world.device.type == "cuda":
+            torch._inductor.config.coordinate_descent_tuning = config.coordinate_descent_tuning
+            model.compile(dynamic=False, fullgraph=True)
+            update = torch.compile(muon_update, dynamic=False, fullgraph=True)
+        if world.size > 1:
+            for p in model.parameters():
+                dist.broadcast(p.data, src=0)
+        optimizer = Optimizer(model, config, world, update)
+        warm_up(model, optimizer, world)
+        loader = TrainLoader(train_shards, config, world)
+        try:
+            val_loss = train(model, optimizer, loader, val_shard, world, log)
+        finally:
+            loader.close()
+        log(f"peak memory: {peak_memory(world.device)}", console=True)
+        return val_loss
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def choose_config(arguments: list[str]) -> Config:
+    """The preset named on the command line (medium by default), with its data where DATA_PATH says."""
+    preset = arguments[0] if arguments else "medium"
+    if len(arguments) > 1 or preset not in PRESETS:
+        raise UserError(f"{' '.join(arguments)!r} is not a preset: choose one of {', '.join(PRESETS)}; "
+                        f"every other constant is edited at the top of the script.")
+    config = PRESETS[preset]
+    return replace(config, data_dir=os.environ.get("DATA_PATH") or config.data_dir)
+
+
+if __name__ == "__main__":
+    try:
+        main(choose_config(sys.argv[1:]))
+    except UserError as error:
+        sys.exit(f"error: {error}")
