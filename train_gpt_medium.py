@@ -157,8 +157,8 @@ PRESETS = {config.preset: config for config in (
     Config(preset="short", num_iterations=300, val_tokens=2**20, val_seq_len=2**17, val_every=50,
            coordinate_descent_tuning=False),
     Config(preset="tiny", data_dir="data/text", vocab_size=257, doc_token=256, seq_len=512, num_heads=4, head_dim=32,
-           num_iterations=48, max_window=4 * 128, snoo_every=14, momentum_warmup_steps=16,
-           val_tokens=2**14, val_seq_len=2**11, val_every=12, warmup_steps=1, coordinate_descent_tuning=False),
+           num_iterations=64, max_window=4 * 128, snoo_every=14, momentum_warmup_steps=16,
+           val_tokens=2**14, val_seq_len=2**11, val_every=16, warmup_steps=1, coordinate_descent_tuning=False),
 )}
 
 
@@ -216,18 +216,18 @@ def dense_mask(block_mask: BlockMask) -> Tensor:
     return full_TT | (partial_TT & block_mask.mask_mod(0, 0, position[:, None], position))
 
 
-def attend(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, mask: BlockMask | Tensor, scale: float) -> Tensor:
-    """Softmax attention, [T, H, D] -> [T, H, D].
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, scale: float) -> Tensor:
+    """Softmax attention, [1, T, H, D] -> [1, T, H, D].
 
     A BlockMask goes to FlexAttention, which must be compiled: eager FlexAttention ignores block lists. A dense [T, T]
     mask goes to torch's own attention: FlexAttention has no backward on a CPU.
     """
-    q, k, v = (x.transpose(0, 1)[None] for x in (q_THD, k_THD, v_THD))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if isinstance(mask, BlockMask):
         y = flex_attention(q, k, v, block_mask=mask, scale=scale)
     else:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    return y[0].transpose(0, 1)
+    return y.transpose(1, 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -440,10 +440,11 @@ class Rotary(nn.Module):
         self.register_buffer("cos", theta.cos()[:, None], persistent=False)  # [max_len, 1, D / 2]
         self.register_buffer("sin", theta.sin()[:, None], persistent=False)
 
-    def forward(self, x_THD: Tensor) -> Tensor:
-        cos, sin = self.cos[:x_THD.size(0)], self.sin[:x_THD.size(0)]
-        x1, x2 = x_THD.float().chunk(2, dim=-1)
-        return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1).type_as(x_THD)
+    def forward(self, x: Tensor) -> Tensor:
+        """[1, T, H, D], rotated in fp32 by its positions 0 ... T - 1."""
+        cos, sin = self.cos[:x.size(1)], self.sin[:x.size(1)]
+        x1, x2 = x.float().chunk(2, dim=-1)
+        return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1).type_as(x)
 
 
 class Block(nn.Module):
@@ -463,13 +464,13 @@ class Block(nn.Module):
     def attention(self, x: Tensor, value_embed: Tensor | None, lambdas: Tensor, rotary: Rotary,
                   mask: BlockMask | Tensor) -> Tensor:
         """x, value_embed: [T, C]; lambdas: [2], the shares of value and value embedding."""
-        qkv = F.linear(x, self.qkvo[:3].flatten(0, 1)).view(x.size(0), 3, self.num_heads, -1)
-        q, k, v = norm(qkv).unbind(1)
+        qkv = F.linear(x, self.qkvo[:3].flatten(0, 1)).view(1, x.size(0), 3, self.num_heads, -1)
+        q, k, v = norm(qkv).unbind(2)
         v = lambdas[0] * v
         if value_embed is not None:
             v = v + lambdas[1] * value_embed.view_as(v)
         y = attend(rotary(q), rotary(k), v, mask, self.attention_scale)
-        return F.linear(y.flatten(1), self.qkvo[3])
+        return F.linear(y.reshape(x.shape), self.qkvo[3])
 
     def mlp(self, x: Tensor) -> Tensor:
         return F.linear(F.relu(F.linear(norm(x), self.mlp_fc)).square(), self.mlp_proj)
@@ -567,7 +568,10 @@ class Shard(NamedTuple):
 
     def read(self, count: int) -> np.ndarray:
         """The first `count` tokens, uint16. Raises UserError if they are not there (any more)."""
-        tokens = np.fromfile(self.path, dtype="<u2", count=count, offset=HEADER_BYTES)
+        try:
+            tokens = np.fromfile(self.path, dtype="<u2", count=count, offset=HEADER_BYTES)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read ({error.strerror}) any more: fetch or make it anew.") from error
         if len(tokens) < count:
             raise UserError(f"{self.path} ends after {len(tokens):,} of {count:,} tokens: fetch or make it anew.")
         return tokens

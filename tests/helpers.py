@@ -24,9 +24,9 @@ def golden(name: str):
 
 def small_config(**changes) -> tgm.Config:
     """All 16 layers at width 64, in the record's dtypes; slices of 256 tokens."""
-    constants = dict(preset="tiny", vocab_size=257, doc_token=256, num_heads=2, head_dim=32, seq_len=256, val_seq_len=512,
-                     val_tokens=2048, num_iterations=6, max_window=512, snoo_every=2, momentum_warmup_steps=3,
-                     val_every=3, warmup_steps=2, seed=1)
+    constants = dict(preset="tiny", vocab_size=257, doc_token=256, num_heads=2, head_dim=32, seq_len=256,
+                     val_seq_len=512, val_tokens=2048, num_iterations=6, max_window=512, snoo_every=2,
+                     momentum_warmup_steps=3, val_every=3, warmup_steps=2, seed=1)
     return tgm.Config(**(constants | changes))
 
 
@@ -35,11 +35,12 @@ def golden_weights(model: tgm.GPT, seed: int) -> None:
     params = dict(model.named_parameters())
     layers = range(len(model.config.layers))
     std_matrix = model.config.model_dim ** -0.5
+    scalars = ("skip_weights", "block_lambdas", "attn_lambdas", "smear_lambda", "backout_lambdas")
     roles = [("embed1", 1.0), ("embed2", 1.0), *((f"value_embeds.{i}", 1.0) for i in range(5)),
              *((f"blocks.{i}.qkvo", 0.5 * std_matrix) for i in layers if i != 7),
              *((f"blocks.{i}.mlp_fc", 0.5 * std_matrix) for i in layers),
              *((f"blocks.{i}.mlp_proj", 0.25 * std_matrix) for i in layers), ("lm_head", 2 * std_matrix),
-             *((name, 0.3) for name in ("skip_weights", "block_lambdas", "attn_lambdas", "smear_lambda", "backout_lambdas"))]
+             *((name, 0.3) for name in scalars)]
     assert {name for name, _ in roles} == params.keys()
     with torch.no_grad():
         for k, (name, std) in enumerate(roles):
@@ -80,7 +81,7 @@ def write_shard(path: Path, ids, vocab_size: int = 257, doc_token: int = 256, he
 
 
 def write_text_folder(folder: Path, config: tgm.Config, num_batches: int | None = None, seed: int = 0) -> tgm.Config:
-    """One training and one validation shard of random ids that suffice for `config`, which is returned pointing there."""
+    """A training and a validation shard of random ids that suffice for `config`, which is returned pointing there."""
     num_batches = config.num_iterations if num_batches is None else num_batches
     write_shard(folder / "text_train_000001.bin", random_ids(num_batches * config.batch_tokens + 1, config, seed))
     write_shard(folder / "text_val_000000.bin", random_ids(config.val_tokens + 1, config, seed + 1))

@@ -2,6 +2,7 @@
 import pydoc_data.topics
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,14 @@ def topics_ids() -> list[int]:
     return ids
 
 
+def fused_sgd_is_faulty() -> bool:
+    """True where torch's fused SGD leaves bf16 parameters on a CPU where they were (seen in torch 2.13)."""
+    p = torch.zeros(64, dtype=torch.bfloat16)
+    p.grad = torch.ones_like(p)
+    torch.optim.SGD([p], lr=1.0, momentum=0.5, nesterov=True, fused=True).step()
+    return bool((p == 0).all())
+
+
 class ConsoleLog(list):
     """Stands in for the trainer's log."""
     def __call__(self, text: str, console: bool = False) -> None:
@@ -30,6 +39,8 @@ def test_sixty_steps_reproduce_the_record(tmp_path, monkeypatch):
     ids = topics_ids()
     if len(ids) != NUM_IDS:
         pytest.skip(f"this Python's topics are another text ({len(ids)} ids); Python 3.11.7's were used")
+    if not fused_sgd_is_faulty():
+        pytest.skip("this torch's fused SGD on a CPU is not the one with which the answers were computed")
     config = tgm.Config(
         preset="tiny", data_dir=str(tmp_path), vocab_size=509, doc_token=508, num_heads=2, head_dim=32, seq_len=512,
         num_slices=2, val_tokens=8 * 512, val_seq_len=512, num_iterations=60, max_window=512, momentum_warmup_steps=20,
@@ -52,25 +63,19 @@ def test_sixty_steps_reproduce_the_record(tmp_path, monkeypatch):
     train_shards, val_shard = tgm.find_shards(config)
     loader, log = tgm.TrainLoader(train_shards, config, ALONE), ConsoleLog()
     optimizer = tgm.Optimizer(model, config, ALONE)
-    # The answers were computed with fused SGD in Snoo, which on a CPU leaves a bf16 parameter at the last outer weights
-    # (see test_optimizers.py). The trainer avoids that kernel on a CPU; to compare, it is put back here.
+    # The answers were computed with fused SGD in Snoo, which on a CPU leaves bf16 parameters at the last outer weights.
+    # The trainer avoids that kernel on a CPU (test_optimizers.py checks its Snoo in bf16); to compare, it is put back.
     optimizer.snoo.sgd = torch.optim.SGD(optimizer.snoo.outer, lr=config.snoo_lr, momentum=config.snoo_momentum,
                                          nesterov=True, fused=True)
     tgm.train(model, optimizer, loader, val_shard, ALONE, log)
 
-    print([(i, f"{a-b:+.5f}") for i, (a, b) in enumerate(zip(losses, answers["losses"]))])
-    lines = [line for line in log if "val_loss" in line]
-    numbers = [[float(x) for x in re.findall(r":(-?[\d.]+)", line.replace("/60", "").replace("ms", ""))] for line in lines]
-    vals = [(int(step), loss, *scalars) for step, loss, _, _, *scalars in numbers]
-    assert [v[0] for v in vals] == [0, 10, 20, 30, 40, 50, 60]
-    print(vals)
-    for ours, record in zip(vals, answers["val"]):
-        print(ours[0], [f"{a - b:+.5f}" for a, b in zip(ours[1:], record[1:])])
-        # 0.4 % noise on every matrix moves the losses by up to 0.0024 and lambda by 0.0003 (SPEC 8): twice and thrice that.
-        assert ours[1] == pytest.approx(record[1], abs=0.006)
-        assert ours[2] == pytest.approx(record[2], abs=0.001)
-        assert ours[3:] == pytest.approx(record[3:], abs=0.003)
-    assert len(losses) == 60
-    assert losses[0] == pytest.approx(answers["losses"][0], abs=1e-5)
-    print(max(abs(a-b) for a, b in zip(losses, answers["losses"])))
-    assert losses == pytest.approx(answers["losses"], abs=0.02)
+    vals = [[float(x) for x in re.findall(r"[a-z_01]+:(-?[\d.]+)", line)] for line in log if "val_loss" in line]
+    assert [int(step) for step, *_ in vals] == [0, 10, 20, 30, 40, 50, 60]
+    for (_, loss, _, _, smear_lambda, *backout), record in zip(vals, answers["val"], strict=True):
+        # 0.4 % noise on every matrix moves these losses by up to 0.0024, lambda by 0.0003: bounds of SPEC section 8.
+        assert loss == pytest.approx(record[1], abs=0.006)
+        assert smear_lambda == pytest.approx(record[2], abs=0.001)
+        assert backout == pytest.approx(record[3:], abs=0.001)
+    errors = np.array(losses) - np.array(answers["losses"])
+    assert abs(errors[0]) < 1e-5  # before any update
+    assert np.sqrt(np.mean(errors ** 2)) < 0.006

@@ -1,0 +1,109 @@
+#!/usr/bin/env bash
+# One command from a bare machine to a training run. ./run.sh --help says more.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+usage() {
+    cat <<'TEXT'
+usage: ./run.sh [medium|short|tiny]
+
+Sets up Python, looks at the hardware and trains. It says what it will do first, and it is safe to run again.
+  no GPU    makes shards from text that Python carries and trains `tiny`: 2 to 3 minutes on 2 cores
+  GPUs      trains `medium` (the record), or the preset named, on the largest of 8, 4, 2, 1 of them with torchrun
+
+The environment: an active one that satisfies requirements.txt is used as it is; otherwise .venv is made and filled.
+The shards: the preset's folder below data/, or the folder that DATA_PATH names.
+
+  ./run.sh --python [FILE]   only set up Python (for FILE instead of requirements.txt) and print its interpreter
+TEXT
+}
+
+die() { echo "run.sh: $*" >&2; exit 1; }
+
+# True if interpreter $1 has every package pinned in file $2 and the files it refers to.
+satisfies() {
+    "$1" - "$2" <<'PYTHON' 2>/dev/null
+import importlib.metadata, pathlib, sys
+
+def check(path):
+    for line in path.read_text().splitlines():
+        line = line.split("#")[0].strip()
+        if line.startswith("-r "):
+            check(path.parent / line[3:])
+        elif line:
+            name, version = line.split("==")
+            if importlib.metadata.version(name).split("+")[0] != version:
+                sys.exit(1)
+
+check(pathlib.Path(sys.argv[1]))
+PYTHON
+}
+
+# Prints an interpreter that satisfies requirements file $1; what it does is said on stderr.
+set_up_python() {
+    local requirements=$1 active
+    [ -f "$requirements" ] || die "$requirements does not exist: name a requirements file."
+    active=$(command -v python3) || die "python3 is not installed: install Python 3.10 to 3.13."
+    if satisfies "$active" "$requirements"; then echo "$active"; return; fi
+    if ! satisfies .venv/bin/python "$requirements"; then
+        "$active" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' ||
+            die "$("$active" --version) cannot run the pinned packages: put Python 3.10 to 3.13 first on PATH."
+        echo "run.sh: installing $requirements into .venv (once; on a GPU machine this is some GB)" >&2
+        [ -x .venv/bin/python ] || "$active" -m venv .venv >&2 ||
+            die "python3 cannot make a virtual environment: install its venv module (Debian, Ubuntu: apt install python3-venv)."
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements" >&2 ||
+            die "installing $requirements failed: see pip's message above; running this again continues."
+    fi
+    echo "$PWD/.venv/bin/python"
+}
+
+train_tiny() {
+    local python=$1 data=${DATA_PATH:-data/text} output log first last
+    if ls "$data"/*_train_*.bin >/dev/null 2>&1; then
+        echo "I will train the preset tiny (all 16 layers, width 128) on the shards in $data:"
+    else
+        echo "I will make shards of Python's own documentation in $data and train the preset tiny (16 layers, width 128):"
+    fi
+    echo "2 to 3 minutes on a CPU with 2 cores."
+    ls "$data"/*_train_*.bin >/dev/null 2>&1 || "$python" data/shards.py text "$data"
+    output=$(mktemp)
+    trap "rm -f '$output'" EXIT
+    "$python" train_gpt_medium.py tiny | tee "$output"
+    log=$(sed -n 's/^preset .*, log //p' "$output")
+    first=$(sed -n 's/.*val_loss:\([0-9.]*\) .*/\1/p' "$output" | head -n 1)
+    last=$(sed -n 's/.*val_loss:\([0-9.]*\) .*/\1/p' "$output" | tail -n 1)
+    cat <<TEXT
+
+Trained the tiny model on $data: validation loss $first before, $last after (nats per byte).
+Log, with the full source and every constant: $log
+On 8xH100, ./run.sh trains the record instead: 5,535 steps of FineWeb to a loss of 2.92 (published: 23 minutes).
+TEXT
+}
+
+train_on_gpus() {
+    local python=$1 count=$2 preset=$3 nproc
+    for nproc in 8 4 2 1; do [ "$nproc" -le "$count" ] && break; done
+    echo "$count GPU(s): I will train the preset $preset on $nproc of them with torchrun."
+    # The trainer's own check, before a process is started on any GPU.
+    "$python" -c "import sys, train_gpt_medium as t
+try: t.find_shards(t.choose_config(sys.argv[1:]))
+except t.UserError as error: sys.exit(f'run.sh: {error}')" "$preset"
+    "$python" -m torch.distributed.run --standalone --nproc_per_node="$nproc" train_gpt_medium.py "$preset"
+}
+
+case "${1:-}" in
+    -h | --help) usage ;;
+    --python) set_up_python "${2:-requirements.txt}" ;;
+    "" | medium | short | tiny)
+        python=$(set_up_python requirements.txt)
+        gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+        if [ "${1:-}" = tiny ] || { [ "$gpus" = 0 ] && [ -z "${1:-}" ]; }; then
+            [ "$gpus" != 0 ] || echo "torch sees no GPU here."
+            train_tiny "$python"
+        elif [ "$gpus" = 0 ]; then
+            die "preset $1 needs a CUDA GPU and torch sees none (does nvidia-smi?): on a CPU, use tiny."
+        else
+            train_on_gpus "$python" "$gpus" "${1:-medium}"
+        fi ;;
+    *) usage >&2; die "'$1' is not a preset." ;;
+esac

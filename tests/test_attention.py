@@ -1,0 +1,97 @@
+"""The block mask against its definition token by token, and compiled FlexAttention against the dense path."""
+import shutil
+
+import pytest
+import torch
+
+import train_gpt_medium as tgm
+from helpers import CPU, random_ids, randomise, small_config
+
+needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+
+
+def mask_by_definition(ids: list[int], doc_token: int, w: int) -> torch.Tensor:
+    """SPEC section 3 in loops: which query attends which key, [T, T] bool."""
+    doc, docs = 0, []
+    for token in ids:
+        doc += token == doc_token
+        docs.append(doc)
+    num_blocks = len(ids) // 128
+    spans = [set(docs[128 * b:128 * (b + 1)]) for b in range(num_blocks)]
+    mask = torch.zeros(len(ids), len(ids), dtype=torch.bool)
+    for i in range(num_blocks):
+        full = [j for j in range(i - 1, -1, -1) if len(spans[i] | spans[j]) == 1]
+        partial = [j for j in range(i, -1, -1)
+                   if min(spans[i]) <= max(spans[j]) and min(spans[j]) <= max(spans[i]) and j not in full]
+        for j in full[:max(w - 1, 0)]:
+            mask[128 * i:128 * (i + 1), 128 * j:128 * (j + 1)] = True
+        for j in partial[:max(w - len(full), 1)]:
+            for q in range(128 * i, 128 * (i + 1)):
+                for k in range(128 * j, min(128 * (j + 1), q + 1)):
+                    mask[q, k] = docs[q] == docs[k]
+    return mask
+
+
+LAYOUTS = {"one document": [0], "no mark": [], "borders on blocks": [0, 128, 512],
+           "around borders": [127, 129, 255, 257], "short": list(range(0, 640, 37)),
+           "long after short": [5, 6, 7, 200], "last token": [639]}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("w", [0, 1, 2, 3, 5, 9])
+def test_mask_is_the_definition(layout, w):
+    ids = torch.zeros(640, dtype=torch.int32)
+    ids[LAYOUTS[layout]] = 7
+    ours = tgm.dense_mask(tgm.window_block_mask(ids, tgm.as_window(w, CPU), 7))
+    assert torch.equal(ours, mask_by_definition(ids.tolist(), 7, w))
+    assert ours.diagonal().all()  # no query without a key
+
+
+def test_long_and_short_layers_use_their_windows(monkeypatch):
+    config, seen = small_config(seq_len=1024), []
+    attend = tgm.attend
+    monkeypatch.setattr(tgm, "attend", lambda *args: seen.append(args[3:]) or attend(*args))
+    ids = torch.zeros(1024, dtype=torch.int32)
+    tgm.GPT(config).latents(ids, tgm.as_window(5, CPU))
+    long_mask, short_mask = (mask_by_definition(ids.tolist(), 256, w) for w in (5, 2))
+    layers = [layer for layer in config.layers if layer.attention]
+    assert len(seen) == len(layers) == 15
+    for (mask, scale), layer in zip(seen, layers):
+        assert torch.equal(mask, long_mask if layer.long_window else short_mask) and scale == 0.12
+
+
+@needs_compiler
+def test_compiled_flex_attention_equals_the_dense_path():
+    T, H, D, doc_token = 1024, 2, 32, 256
+
+    @torch.compile(fullgraph=True, dynamic=False)
+    def flex(q, k, v, ids, w):
+        return tgm.attend(q, k, v, tgm.window_block_mask(ids, w, doc_token), 0.12)
+
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = torch.randn(3, 1, T, H, D, generator=generator).unbind(0)
+    # Sums of up to T products, each rounded to 2^-24 of values that v bounds; a wrong pair shows at about |v| / T.
+    tolerance = T * 2 ** -24 * v.abs().max().item()
+    with torch.no_grad():
+        for case in range(30):
+            ids = random_ids(T, small_config(), seed=case, mean_doc=(20, 200, 2000)[case % 3])
+            for w in (tgm.as_window(case % 10, CPU), tgm.as_window(case % 10, CPU) // 2):  # 0 and 1 // 2 among them
+                dense = tgm.attend(q, k, v, tgm.dense_mask(tgm.window_block_mask(ids, w, doc_token)), 0.12)
+                torch.testing.assert_close(flex(q, k, v, ids, w), dense, rtol=0, atol=tolerance)
+
+
+@needs_compiler
+def test_compiled_model_on_the_flex_branch_equals_the_dense_path(monkeypatch):
+    """What CUDA compiles, the block masks inside the graph included, in one graph (fullgraph)."""
+    layers = (tgm.Layer(value_embed=0, long_window=True), tgm.Layer(attention=False), tgm.Layer(skip_from=0))
+    config = small_config(layers=layers, backout_from=1, seq_len=512, dtype=torch.float32)
+    model = tgm.GPT(config)
+    randomise(model)
+    batches = [(random_ids(513, config, seed, mean_doc=60), tgm.as_window(seed + 1, CPU)) for seed in range(3)]
+    with torch.no_grad():
+        dense = [model.latents(ids[:-1], w) for ids, w in batches]
+        monkeypatch.setattr(tgm, "dense_mask", lambda mask: mask)
+        compiled = torch.compile(model.latents, fullgraph=True, dynamic=False)
+        for (ids, w), expected in zip(batches, dense):
+            # Three layers of fp32 rounding on latents of order one.
+            torch.testing.assert_close(compiled(ids[:-1], w), expected, rtol=1e-5, atol=1e-5)
