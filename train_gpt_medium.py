@@ -571,7 +571,7 @@ class Shard(NamedTuple):
         try:
             tokens = np.fromfile(self.path, dtype="<u2", count=count, offset=HEADER_BYTES)
         except OSError as error:
-            raise UserError(f"{self.path} cannot be read ({error.strerror}) any more: fetch or make it anew.") from error
+            raise UserError(f"{self.path} is gone ({error.strerror}): fetch or make it anew.") from error
         if len(tokens) < count:
             raise UserError(f"{self.path} ends after {len(tokens):,} of {count:,} tokens: fetch or make it anew.")
         return tokens
