@@ -937,7 +937,8 @@ def main(config: Config) -> float:
     train_shards, val_shard = find_shards(config)
     log = Log(world)
     if world.size > 1:
-        dist.init_process_group("nccl" if world.device.type == "cuda" else "gloo")
+        on_gpu = world.device.type == "cuda"
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=world.device if on_gpu else None)
     try:
         seed = draw_seed(config, world)
         torch.manual_seed(seed)

@@ -1,0 +1,85 @@
+"""What only a CUDA GPU can show: FlexAttention with its gradients, the compiled optimizer, a run of the script."""
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import train_gpt_medium as tgm
+from helpers import ROOT, random_ids, randomise, small_config, write_text_folder
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+
+def bf16_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    """Relative L2 error; two bf16 computations of the same number differ by some of its units (2^-8)."""
+    return ((ours.float() - reference.float()).norm() / reference.float().norm()).item()
+
+
+def test_flex_attention_forward_and_backward_equal_the_dense_path():
+    T, H, D = 2048, 8, 128
+
+    @torch.compile(fullgraph=True, dynamic=False)
+    def flex(q, k, v, ids, w):
+        return tgm.attend(q, k, v, tgm.window_block_mask(ids, w, 256), 0.12)
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    for case in range(12):
+        ids = random_ids(T, small_config(), seed=case, mean_doc=(30, 300, 3000)[case % 3]).cuda()
+        w = tgm.as_window(case % 9, ids.device)
+        q, k, v, dy = torch.randn(4, 1, T, H, D, generator=generator, device="cuda", dtype=torch.bfloat16).unbind(0)
+        results = []
+        for dtype, attention in ((torch.bfloat16, flex), (torch.float32, None)):
+            inputs = [x.to(dtype).detach().requires_grad_() for x in (q, k, v)]
+            y = attention(*inputs, ids, w) if attention else tgm.attend(
+                *inputs, tgm.dense_mask(tgm.window_block_mask(ids, w, 256)), 0.12)
+            y.backward(dy.to(dtype))
+            results.append([y.detach(), *(x.grad for x in inputs)])
+        for name, ours, reference in zip(("y", "dq", "dk", "dv"), *results):
+            # bf16 inputs, probabilities and outputs: three roundings of 2^-9, doubled for the products of gradients.
+            assert bf16_error(ours, reference) < 6 * 2 ** -9, (case, name)
+
+
+def test_compiled_model_equals_the_dense_path():
+    config = small_config(seq_len=1024, val_seq_len=1024, val_tokens=1024)
+    torch.manual_seed(0)
+    model = tgm.GPT(config)
+    randomise(model)
+    ids = random_ids(1025, config)
+    reference = tgm.GPT(tgm.replace(config, dtype=torch.float32))
+    reference.load_state_dict({name: p.float() for name, p in model.state_dict().items()})
+    reference(ids[:-1], ids[1:].long(), tgm.as_window(3, ids.device)).backward()
+    model.cuda().compile(dynamic=False, fullgraph=True)
+    ids = ids.cuda()
+    model(ids[:-1], ids[1:].long(), tgm.as_window(3, ids.device)).backward()
+    for (name, p), q in zip(model.named_parameters(), reference.parameters()):
+        # Sixteen layers, a few roundings of 2^-9 in each: their sum bounds the error, their root is what to expect.
+        assert bf16_error(p.grad.cpu(), q.grad) < 16 * 3 * 2 ** -9, name
+
+
+@pytest.mark.parametrize("shape", [(4, 256, 256), (1024, 256), (256, 1024)])
+def test_compiled_muon_equals_the_eager_one(shape):
+    compiled = torch.compile(tgm.muon_update, dynamic=False, fullgraph=True)
+    results = []
+    for update in (tgm.muon_update, compiled):
+        generator = torch.Generator("cuda").manual_seed(0)
+        p = torch.randn(shape, generator=generator, device="cuda") * 0.1
+        before = p.clone()
+        state = dict(momentum_buffer=torch.zeros_like(p), smooth=torch.zeros_like(p),
+                     mantissa=torch.zeros_like(p, dtype=torch.int16))
+        for momentum in (0.85, 0.9):
+            scalars = {name: torch.tensor(value, dtype=torch.float64)
+                       for name, value in dict(momentum=momentum, lr=0.03, decay=0.01).items()}
+            update(p, torch.randn(shape, generator=generator, device="cuda"), **state, **scalars, smoothing=0.2)
+        results.append(p - before)
+    assert bf16_error(*results) < 1e-4  # both run Newton-Schulz in fp32
+
+
+def test_the_script_runs_under_torchrun(tmp_path):
+    config = small_config(num_iterations=64)
+    write_text_folder(tmp_path / "data" / "text", tgm.replace(
+        tgm.PRESETS["tiny"], data_dir="", num_iterations=config.num_iterations))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1",
+                           str(ROOT / "train_gpt_medium.py"), "tiny"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "step:64/64 val_loss:" in done.stdout
