@@ -41,7 +41,8 @@ def test_run_sh_trains_tiny_on_real_text(tmp_path):
     for name in ("run.sh", "requirements.txt", "train_gpt_medium.py"):
         (copy / name).write_bytes((ROOT / name).read_bytes())
     (copy / "data").mkdir()
-    (copy / "data" / "shards.py").write_bytes((ROOT / "data" / "shards.py").read_bytes())
+    for path in (ROOT / "data").glob("*.py"):
+        (copy / "data" / path.name).write_bytes(path.read_bytes())
     done = run("bash", "run.sh", cwd=copy, timeout=900)
     assert done.returncode == 0, done.stderr
     losses = [float(loss) for loss in re.findall(r"^step:\d+/\d+ val_loss:(\S+)", done.stdout, re.M)]

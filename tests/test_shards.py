@@ -1,5 +1,4 @@
 """data/shards.py: the format as bytes on disk, what the tokens are, and what a user reads when it cannot be done."""
-import importlib.util
 import os
 import random
 import struct
@@ -12,9 +11,10 @@ import numpy as np
 import pytest
 
 TOOL = Path(__file__).resolve().parent.parent / "data" / "shards.py"
-spec = importlib.util.spec_from_file_location("shards", TOOL)
-shards = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(shards)
+sys.path.insert(0, str(TOOL.parent))
+import generate  # noqa: E402
+import shard_format  # noqa: E402
+import shards  # noqa: E402
 
 HEADER_BYTES = 1024
 
@@ -52,14 +52,14 @@ def test_bytes_on_disk(tmp_path, in_pieces):
     pieces = iter([ids[:2], ids[2:2], ids[2:]]) if in_pieces else ids
     path = tmp_path / "a.bin"
     path.write_bytes(b"an older and longer file" * 100)
-    assert shards.write_shard(path, pieces, 257, 256) == (6, 2)
+    assert shard_format.write_shard(path, pieces, 257, 256) == (6, 2)
     header = [20240520, 1, 6, 257, 256] + [0] * 251
     assert path.read_bytes() == struct.pack("<256i6H", *header, 256, 1, 2, 256, 255, 0)
     assert os.listdir(tmp_path) == ["a.bin"]
 
 
 def test_largest_vocabulary_survives(tmp_path):
-    shards.write_shard(tmp_path / "a.bin", np.array([65535, 0, 32768]), 65536, 65535)
+    shard_format.write_shard(tmp_path / "a.bin", np.array([65535, 0, 32768]), 65536, 65535)
     header, ids = read(tmp_path / "a.bin")
     assert header[2:5] == (3, 65536, 65535) and ids.tolist() == [65535, 0, 32768]
 
@@ -72,8 +72,8 @@ def test_largest_vocabulary_survives(tmp_path):
     ([256], 257, 256, "1 tokens"),
 ])
 def test_what_does_not_fit_is_refused(tmp_path, ids, vocab_size, doc_id, words):
-    with pytest.raises(shards.ShardError, match=words):
-        shards.write_shard(tmp_path / "a.bin", np.array(ids), vocab_size, doc_id)
+    with pytest.raises(shard_format.ShardError, match=words):
+        shard_format.write_shard(tmp_path / "a.bin", np.array(ids), vocab_size, doc_id)
     assert os.listdir(tmp_path) == []
 
 
@@ -88,7 +88,7 @@ def test_failure_in_the_middle_leaves_what_was_there(tmp_path, error):
 
     for before in ([], ["a.bin"]):
         with pytest.raises(error):
-            shards.write_shard(tmp_path / "a.bin", pieces(), 257, 256)
+            shard_format.write_shard(tmp_path / "a.bin", pieces(), 257, 256)
         assert len(seen) == len(before) + 1  # it did stand half written, under another name
         assert [name for name in seen if name.endswith(".bin")] == before
         assert os.listdir(tmp_path) == before
@@ -102,7 +102,7 @@ def test_failure_in_the_middle_leaves_what_was_there(tmp_path, error):
 @pytest.fixture(scope="module")
 def text_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made") / "deep" / "text"
-    shards.make_text(folder)
+    generate.make_text(folder)
     return folder
 
 
@@ -129,7 +129,7 @@ def test_text_sizes(text_split):
 
 def test_text_decodes_to_the_documents(text_split):
     decoded = [document.decode("utf-8") for document in text_split["val"] + text_split["train"]]
-    assert decoded == shards.text_documents()
+    assert decoded == generate.text_documents()
 
 
 def test_text_is_what_python_documents(text_split):
@@ -155,7 +155,7 @@ def test_val_and_train_are_disjoint(text_split):
 
 def test_val_and_train_mix_topics_and_modules(text_split):
     from pydoc_data.topics import topics
-    wanted = {shards.clean(text).encode() for text in topics.values()}
+    wanted = {generate.clean(text).encode() for text in topics.values()}
     num_topics = {key: sum(document in wanted for document in text_split[key]) for key in text_split}
     # Drawn without replacement: the hypergeometric mean and standard deviation of validation's share, 5 sigma.
     num_val, num_all = len(text_split["val"]), len(text_split["val"]) + len(text_split["train"])
@@ -187,13 +187,13 @@ class B: pass
 '''
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the method's backslash is worth one
-        assert shards.docstrings(source.encode()) == ["module", "class\n\nindented", "method \\d", "function"]
-    assert shards.docstrings(b"def broken(") == shards.docstrings(b"\0") == []
+        assert generate.docstrings(source.encode()) == ["module", "class\n\nindented", "method \\d", "function"]
+    assert generate.docstrings(b"def broken(") == generate.docstrings(b"\0") == []
 
 
 def test_clean_text_can_always_be_encoded():
-    assert shards.clean("  é\ud800 \r\n\tx\n\n") == "é\n\tx"
-    assert shards.encode("é").tolist() == [256, 0xC3, 0xA9]
+    assert generate.clean("  é\ud800 \r\n\tx\n\n") == "é\n\tx"
+    assert generate.encode("é").tolist() == [256, 0xC3, 0xA9]
 
 
 def test_tests_and_packages_are_left_out(tmp_path):
@@ -203,13 +203,13 @@ def test_tests_and_packages_are_left_out(tmp_path):
     (tmp_path / "notes.txt").write_text("no")
     (tmp_path / "unreadable.py").mkdir()
     (tmp_path / "dangling.py").symlink_to("nowhere")
-    assert list(shards.library_sources(tmp_path)) == [b"a/c.py", b"b.py"]
+    assert list(generate.library_sources(tmp_path)) == [b"a/c.py", b"b.py"]
 
 
 def test_too_little_text_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards.sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(shards.ShardError, match="655,370"):
-        shards.make_text(tmp_path / "text")
+    monkeypatch.setattr(generate.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(shard_format.ShardError, match="655,370"):
+        generate.make_text(tmp_path / "text")
     assert os.listdir(tmp_path / "text") == []
 
 
@@ -221,7 +221,7 @@ NUM_TOKENS = 3_000_000  # more than two pieces, and no whole number of them
 @pytest.fixture(scope="module")
 def synthetic_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made") / "synthetic"
-    shards.make_synthetic(folder, 2, NUM_TOKENS, 70_001, seed=5)
+    generate.make_synthetic(folder, 2, NUM_TOKENS, 70_001, seed=5)
     return folder
 
 
@@ -241,17 +241,17 @@ def test_synthetic_counts_and_headers(synthetic_folder):
 
 
 def test_shards_depend_on_seed_and_index_only(synthetic_folder, tmp_path):
-    shards.make_synthetic(tmp_path / "one", 1, NUM_TOKENS, 70_001, seed=5)
+    generate.make_synthetic(tmp_path / "one", 1, NUM_TOKENS, 70_001, seed=5)
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (synthetic_folder / path.name).read_bytes()
-    shards.make_synthetic(tmp_path / "other", 1, 70_001, 70_001, seed=6)
+    generate.make_synthetic(tmp_path / "other", 1, 70_001, 70_001, seed=6)
     paths = [*synthetic_folder.iterdir(), *(tmp_path / "other").iterdir()]
     assert len({read(path)[1][:70_001].tobytes() for path in paths}) == len(paths) == 5
 
 
 def test_tokens_do_not_depend_on_the_pieces(synthetic_ids, monkeypatch):
-    monkeypatch.setattr(shards, "PIECE_TOKENS", 123_457)
-    assert np.array_equal(np.concatenate(list(shards.synthetic_pieces(NUM_TOKENS, 5, 1))), synthetic_ids)
+    monkeypatch.setattr(generate, "PIECE_TOKENS", 123_457)
+    assert np.array_equal(np.concatenate(list(generate.synthetic_pieces(NUM_TOKENS, 5, 1))), synthetic_ids)
 
 
 def test_document_lengths(synthetic_ids):
@@ -265,7 +265,7 @@ def test_document_lengths(synthetic_ids):
 
 
 def test_document_length_model():
-    lengths = shards.document_lengths(np.random.default_rng(3), 400_000)
+    lengths = generate.document_lengths(np.random.default_rng(3), 400_000)
     assert lengths.min() == 32 and lengths.max() == 130_000  # both clips bite in so many
     # P(length >= 20,000) = 0.01 (6000 / 20000)^1.2; the lognormal's own share, 4.45 sigma out, is below 5e-6.
     chance = 0.01 * 0.3**1.2
@@ -296,7 +296,7 @@ def test_neighbours_are_independent(synthetic_ids):
     zero = synthetic_ids == 0
     chance = zero.mean() ** 2
     assert abs(np.mean(zero[1:] & zero[:-1]) - chance) < 5 * (3 * chance / zero.size) ** 0.5
-    assert not np.array_equal(zero[:10_000], zero[shards.PIECE_TOKENS:][:10_000])
+    assert not np.array_equal(zero[:10_000], zero[generate.PIECE_TOKENS:][:10_000])
 
 
 def test_defaults_carry_the_short_preset():

@@ -1,0 +1,70 @@
+"""The shard format: uint16 token ids behind a 1,024-byte header (layout: README.md beside this file)."""
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+
+MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
+MAX_VOCAB = 2**16  # ids are uint16
+MIN_TOKENS, MAX_TOKENS = 2, 2**31 - 1  # one input and its target; the header counts in int32
+
+
+class ShardError(ValueError):
+    """A mistake that the caller can mend; its message is one sentence that says how."""
+
+
+def write_shard(path, tokens, vocab_size, doc_id):
+    """Write one shard atomically: under `path` there is either what was there before or the whole new shard.
+
+    tokens: one 1-d integer array of ids, or an iterable of such arrays, written one after another.
+    Returns (number of tokens, number of documents), a document being one occurrence of `doc_id`.
+    Raises ShardError for sizes or ids that the format cannot hold, OSError where writing fails.
+    """
+    path = Path(path)
+    if not 0 <= doc_id < vocab_size <= MAX_VOCAB:
+        raise ShardError(f"{path.name} cannot have a vocabulary of {vocab_size:,} with document id {doc_id:,}; "
+                         f"use at most {MAX_VOCAB:,} ids, the document id among them")
+    pieces = [tokens] if isinstance(tokens, np.ndarray) else tokens
+    num_tokens = num_documents = 0
+    # In the same folder, so that the rename stays within one disk; not named .bin, so that no glob for shards finds it.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.seek(4 * HEADER_INTS)  # the count is known only after the last piece
+            for piece in pieces:
+                check_ids(path.name, piece, vocab_size)
+                # Not ndarray.tofile: its error on a full disk does not say that the disk is full.
+                file.write(np.ascontiguousarray(piece, "<u2"))
+                num_tokens += piece.size
+                num_documents += np.count_nonzero(piece == doc_id)
+            check_count(path.name, num_tokens)
+            file.seek(0)
+            file.write(np.array([MAGIC, VERSION, num_tokens, vocab_size, doc_id] + [0] * (HEADER_INTS - 5), "<i4"))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return num_tokens, num_documents
+
+
+def check_ids(name, ids, vocab_size):
+    """Raise ShardError unless every id of the array is one of the shard's vocabulary."""
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+        raise ShardError(f"{name} cannot hold ids {ids.min()} to {ids.max()}; keep them within 0 to {vocab_size - 1}")
+
+
+def check_count(name, num_tokens):
+    """Raise ShardError unless a shard can hold that many tokens."""
+    if not MIN_TOKENS <= num_tokens <= MAX_TOKENS:
+        raise ShardError(f"{name} cannot hold {num_tokens:,} tokens; ask for {MIN_TOKENS} to {MAX_TOKENS:,}")
+
+
+def write_and_report(path, tokens, vocab_size, doc_id):
+    """write_shard, then one line for people on stdout; tokens that are made lazily count into its seconds."""
+    start = time.perf_counter()
+    num_tokens, num_documents = write_shard(path, tokens, vocab_size, doc_id)
+    print(f"{path}: {num_tokens:,} tokens, {num_documents:,} documents, {path.stat().st_size / 1e6:.1f} MB, "
+          f"{time.perf_counter() - start:.1f} s", flush=True)
