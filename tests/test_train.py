@@ -200,8 +200,9 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tiny_run, tmp_path):
 
 
 def test_a_run_ends_without_threads_left(tiny_run):
+    before = set(threading.enumerate())
     tgm.main(tgm.replace(tiny_run, num_iterations=1, warmup_steps=0))
-    for thread in threading.enumerate():
+    for thread in set(threading.enumerate()) - before:
         if "ThreadPoolExecutor" in thread.name:
             thread.join(timeout=5)
             assert not thread.is_alive()
