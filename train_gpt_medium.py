@@ -71,6 +71,13 @@ RECORD_LAYERS = (
 )
 
 
+class World(NamedTuple):
+    """This process among the ranks of the run."""
+    rank: int
+    size: int
+    device: torch.device
+
+
 class UserError(Exception):
     """Something the user can put right: shown as one sentence, without a traceback."""
 
@@ -296,7 +303,7 @@ class Muon:
     params: (parameter, decay) pairs in the same order on every rank; the i-th belongs to rank i % world.size, which
     alone holds its state: momentum (fp32), smoothed update (the parameter's dtype), mantissa (int16).
     """
-    def __init__(self, params: list[tuple[nn.Parameter, float]], smoothing: float, world: "World",
+    def __init__(self, params: list[tuple[nn.Parameter, float]], smoothing: float, world: World,
                  update: Callable[..., None] = muon_update):
         self.params, self.smoothing, self.world, self.update = params, smoothing, world, update
         self.state = {
@@ -378,7 +385,7 @@ class Optimizer:
     A parameter's role (its name without block and table numbers) selects its learning rate and decay; a role that has
     none is an error.
     """
-    def __init__(self, model: "GPT", config: Config, world: "World", muon_update: Callable[..., None] = muon_update):
+    def __init__(self, model: "GPT", config: Config, world: World, muon_update: Callable[..., None] = muon_update):
         self.config, self.world = config, world
         scalars = ("skip_weights", "block_lambdas", "attn_lambdas", "smear_lambda", "backout_lambdas")
         adam_lr = {"lm_head": config.head_lr, "embed1": config.embed_lr, "embed2": config.embed_lr,
@@ -545,13 +552,6 @@ class GPT(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data: shards of 256 little-endian int32 (the header), then uint16 token ids
-
-class World(NamedTuple):
-    """This process among the ranks of the run."""
-    rank: int
-    size: int
-    device: torch.device
-
 
 HEADER_BYTES = 256 * 4
 SHARD_MAGIC, SHARD_VERSION = 20240520, 1
@@ -936,37 +936,35 @@ def main(config: Config) -> float:
     world = find_world(config)
     train_shards, val_shard = find_shards(config)
     log = Log(world)
+    on_gpu = world.device.type == "cuda"
     if world.size > 1:
-        on_gpu = world.device.type == "cuda"
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=world.device if on_gpu else None)
+    seed = draw_seed(config, world)
+    torch.manual_seed(seed)
+    log("\n".join((source, "=" * 100, describe_run(config, train_shards, seed, world), "=" * 100)))
+    if world.rank == 0:
+        print(f"preset {config.preset}, {world.size} x {device_name(world.device)}, log {log.path}", flush=True)
+    with world.device:
+        model = GPT(config)
+    update = muon_update
+    if on_gpu:
+        torch._inductor.config.coordinate_descent_tuning = config.coordinate_descent_tuning
+        model.compile(dynamic=False, fullgraph=True)
+        update = torch.compile(muon_update, dynamic=False, fullgraph=True)
+    if world.size > 1:
+        for p in model.parameters():
+            dist.broadcast(p.data, src=0)
+    optimizer = Optimizer(model, config, world, update)
+    warm_up(model, optimizer, world)
+    loader = TrainLoader(train_shards, config, world)
     try:
-        seed = draw_seed(config, world)
-        torch.manual_seed(seed)
-        log("\n".join((source, "=" * 100, describe_run(config, train_shards, seed, world), "=" * 100)))
-        if world.rank == 0:
-            print(f"preset {config.preset}, {world.size} x {device_name(world.device)}, log {log.path}", flush=True)
-        with world.device:
-            model = GPT(config)
-        update = muon_update
-        if world.device.type == "cuda":
-            torch._inductor.config.coordinate_descent_tuning = config.coordinate_descent_tuning
-            model.compile(dynamic=False, fullgraph=True)
-            update = torch.compile(muon_update, dynamic=False, fullgraph=True)
-        if world.size > 1:
-            for p in model.parameters():
-                dist.broadcast(p.data, src=0)
-        optimizer = Optimizer(model, config, world, update)
-        warm_up(model, optimizer, world)
-        loader = TrainLoader(train_shards, config, world)
-        try:
-            val_loss = train(model, optimizer, loader, val_shard, world, log)
-        finally:
-            loader.close()
-        log(f"peak memory: {peak_memory(world.device)}", console=True)
-        return val_loss
+        val_loss = train(model, optimizer, loader, val_shard, world, log)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        loader.close()
+    log(f"peak memory: {peak_memory(world.device)}", console=True)
+    if world.size > 1:
+        dist.destroy_process_group()  # only here: after an error on one rank it would wait for the others
+    return val_loss
 
 
 def choose_config(arguments: list[str]) -> Config:
