@@ -164,7 +164,7 @@ def test_adamw_is_the_formula_rounded_to_the_parameters_dtype(dtype, shape):
 
 
 def test_every_parameter_has_its_optimizer_and_rate(monkeypatch):
-    config = small_config(num_iterations=10)
+    config = small_config(num_iterations=10, momentum_warmup_steps=20)
     model = tgm.GPT(config)
     seen = []
     optimizer = tgm.Optimizer(model, config, ALONE, lambda p, grad, **kw: seen.append((p, kw)))
@@ -182,7 +182,9 @@ def test_every_parameter_has_its_optimizer_and_rate(monkeypatch):
     assert decays == {name: pytest.approx(0.01 if name.endswith("qkvo") else 0.02) for name in decays}
     for _, kw in seen:
         assert kw["lr"].item() == pytest.approx(0.03 * factor)
-        assert kw["momentum"].item() == pytest.approx(0.95) and kw["smoothing"] == 0.2
+        assert kw["momentum"].item() == pytest.approx(0.85 + 0.1 * 6 / 20) and kw["smoothing"] == 0.2
+        assert [kw[name].dtype for name in ("momentum_buffer", "smooth", "mantissa")] == [
+            torch.float32, torch.bfloat16, torch.int16]
     assert rates.keys() | decays.keys() == set(names.values()) and not rates.keys() & decays.keys()
     assert all(p.grad is None for p in model.parameters())
     (snoo,) = optimizer.snoo.sgd.param_groups
