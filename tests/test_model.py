@@ -159,6 +159,9 @@ def test_validation_in_chunks_is_the_mean_over_all_targets():
     model = make_model()
     ids = random_ids(513, model.config)
     arguments = ids[:-1], ids[1:].long(), tgm.as_window(2, CPU)
+    sizes, logits = [], model.logits
+    model.logits = lambda latents: sizes.append(len(latents)) or logits(latents)
     with torch.no_grad():
         whole, chunked = model(*arguments), model.eval()(*arguments)
+    assert sizes == [512] + [128] * 4
     assert chunked.item() == pytest.approx(whole.item(), rel=1e-6)

@@ -189,6 +189,8 @@ def test_every_parameter_has_its_optimizer_and_rate(monkeypatch):
     assert all(p.grad is None for p in model.parameters())
     (snoo,) = optimizer.snoo.sgd.param_groups
     assert len(snoo["params"]) == len(names)
+    assert (snoo["lr"], snoo["momentum"], snoo["nesterov"], snoo["dampening"]) == (0.68, 0.37, True, 0)
+    assert optimizer.adamw.defaults["fused"]  # bf16 states with fp32 arithmetic
 
 
 def test_a_parameter_without_a_role_is_refused():
