@@ -9,11 +9,13 @@ usage: ./run.sh [medium|short|tiny]
 
 Sets up Python, looks at the hardware and trains. It says what it will do first, and it is safe to run again.
   no GPU    makes shards from text that Python carries and trains `tiny`: 2 to 3 minutes on 2 cores
-  GPUs      trains `medium` (the record), or the preset named, on the largest of 8, 4, 2, 1 of them with torchrun
+  GPUs      fetches the FineWeb shards that are missing and trains `medium` (the record), or the preset named, on the
+            largest of 8, 4, 2, 1 of them with torchrun
 
 The environment: an active one that satisfies requirements.txt is used as it is; otherwise .venv is made and filled.
 The shards: the preset's folder below data/, or the folder that DATA_PATH names.
 
+  ./run.sh --check [PRESET]  only look: GPUs, driver, torch, all-reduce, memory, shards, disks, duration
   ./run.sh --python [FILE]   only set up Python (for FILE instead of requirements.txt) and print its interpreter
 TEXT
 }
@@ -49,7 +51,7 @@ set_up_python() {
         "$active" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' ||
             die "$("$active" --version) cannot run the pinned packages: put Python 3.10 to 3.13 first on PATH."
         echo "run.sh: installing $requirements into .venv (once; on a GPU machine this is some GB)" >&2
-        [ -x .venv/bin/python ] || "$active" -m venv .venv >&2 ||
+        .venv/bin/python -m pip --version >/dev/null 2>&1 || "$active" -m venv --clear .venv >&2 ||
             die "python3 cannot make a virtual environment: install its venv module (Debian, Ubuntu: apt install python3-venv)."
         .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements" >&2 ||
             die "installing $requirements failed: see pip's message above; running this again continues."
@@ -64,7 +66,8 @@ train_tiny() {
     else
         echo "I will make shards of Python's own documentation in $data and train the preset tiny (16 layers, width 128):"
     fi
-    echo "2 to 3 minutes on a CPU with 2 cores."
+    echo "2 to 3 minutes if this machine has 2 CPU cores and no GPU."
+    "$python" data/preflight.py tiny
     ls "$data"/*_train_*.bin >/dev/null 2>&1 || "$python" data/shards.py text "$data"
     output=$(mktemp)
     trap "rm -f '$output'" EXIT
@@ -81,23 +84,30 @@ TEXT
 }
 
 train_on_gpus() {
-    local python=$1 count=$2 preset=$3 nproc
+    local python=$1 count=$2 preset=$3 data=${DATA_PATH:-data/fineweb10B} nproc own_shards
     for nproc in 8 4 2 1; do [ "$nproc" -le "$count" ] && break; done
-    echo "$count GPU(s): I will train the preset $preset on $nproc of them with torchrun."
-    # The trainer's own check, before a process is started on any GPU.
-    "$python" -c "import sys, train_gpt_medium as t
-try: t.find_shards(t.choose_config(sys.argv[1:]))
-except t.UserError as error: sys.exit(f'run.sh: {error}')" "$preset"
+    # Shards that are not FineWeb's, synthetic ones for example, are taken as they are.
+    own_shards=$(find -L "$data" -maxdepth 1 -name '*_train_*.bin' ! -name 'fineweb_*' 2>/dev/null | head -n 1 || true)
+    echo "$count GPUs: I will check the machine$([ -n "$own_shards" ] || echo ", fetch what FineWeb shards are missing in $data")" \
+        "and train the preset $preset on $nproc of them with torchrun."
+    "$python" data/preflight.py "$preset"
+    [ -n "$own_shards" ] || "$python" data/shards.py get "$data" --preset "$preset"
     "$python" -m torch.distributed.run --standalone --nproc_per_node="$nproc" train_gpt_medium.py "$preset"
 }
 
 case "${1:-}" in
     -h | --help) usage ;;
     --python) set_up_python "${2:-requirements.txt}" ;;
+    --check)
+        python=$(set_up_python requirements.txt)
+        exec "$python" data/preflight.py ${2:+"$2"} ;;
     "" | medium | short | tiny)
         python=$(set_up_python requirements.txt)
         gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-        if [ "${1:-}" = tiny ] || { [ "$gpus" = 0 ] && [ -z "${1:-}" ]; }; then
+        if [ "$gpus" = 0 ] && [ "${1:-}" != tiny ] && [ "${CUDA_VISIBLE_DEVICES-0}" ] && nvidia-smi -L >/dev/null 2>&1; then
+            echo "nvidia-smi sees GPUs that torch does not:"
+            "$python" data/preflight.py "${1:-medium}"
+        elif [ "${1:-}" = tiny ] || { [ "$gpus" = 0 ] && [ -z "${1:-}" ]; }; then
             [ "$gpus" != 0 ] || echo "torch sees no GPU here."
             train_tiny "$python"
         elif [ "$gpus" = 0 ]; then

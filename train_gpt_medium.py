@@ -136,16 +136,22 @@ class Config:
     coordinate_descent_tuning: bool = True  # faster kernels for minutes of compilation
 
     def __post_init__(self):
+        tables = [layer.value_embed for layer in self.layers if layer.value_embed is not None]
         for ok, sentence in (
             (self.seq_len % BLOCK_SIZE == 0, f"seq_len {self.seq_len} is not a multiple of {BLOCK_SIZE}"),
             (self.val_seq_len % BLOCK_SIZE == 0, f"val_seq_len {self.val_seq_len} is not a multiple of {BLOCK_SIZE}"),
             (self.val_seq_len % self.val_loss_chunks == 0, "val_loss_chunks does not divide val_seq_len"),
             (self.val_tokens % self.val_seq_len == 0, f"val_tokens {self.val_tokens} is not a multiple of val_seq_len"),
             (self.head_dim % 4 == 0, f"head_dim {self.head_dim} is not a multiple of 4"),
+            (self.num_slices in (1, 2, 4, 8), f"num_slices {self.num_slices} is not 1, 2, 4 or 8"),
+            (self.val_every > 0, f"val_every {self.val_every} is not positive"),
             (self.doc_token < self.vocab_size, f"doc_token {self.doc_token} is not below vocab_size {self.vocab_size}"),
-            (all(layer.skip_from is None or layer.skip_from < i for i, layer in enumerate(self.layers)),
+            (all(layer.skip_from is None or 0 <= layer.skip_from < i for i, layer in enumerate(self.layers)),
              "a layer skips from itself or a later one"),
-            (self.backout_from < len(self.layers), f"backout_from {self.backout_from} is not a layer"),
+            (set(tables) == set(range(len(set(tables)))), f"value_embeds {tables} do not count tables from 0"),
+            (all(layer.attention or layer.value_embed is None for layer in self.layers),
+             "a layer without attention has a value_embed"),
+            (0 <= self.backout_from < len(self.layers), f"backout_from {self.backout_from} is not a layer"),
         ):
             if not ok:
                 raise UserError(f"Config: {sentence}.")
@@ -369,6 +375,7 @@ def average_over_ranks(grad: Tensor, world_size: int) -> None:
     Every rank receives one part of the tensor from all, averages it, and sends it to all: the bytes of a ring
     all-reduce, without its rounding at every hop. The sum is pairwise, so that equal gradients average to themselves.
     """
+    assert world_size & (world_size - 1) == 0, "pairs need a power of two"
     flat = F.pad(grad.flatten(), (0, -grad.numel() % world_size))
     received = torch.empty_like(flat)
     dist.all_to_all_single(received, flat)
@@ -566,14 +573,17 @@ class Shard(NamedTuple):
         """Whole global batches, each of which also needs the next token as its last target; the tail is dropped."""
         return (self.num_tokens - 1) // batch_tokens
 
-    def read(self, count: int) -> np.ndarray:
-        """The first `count` tokens, uint16. Raises UserError if they are not there (any more)."""
+    def read(self, count: int, vocab_size: int) -> np.ndarray:
+        """The first `count` tokens, uint16. Raises UserError if they are gone or not the model's ids."""
         try:
             tokens = np.fromfile(self.path, dtype="<u2", count=count, offset=HEADER_BYTES)
         except OSError as error:
             raise UserError(f"{self.path} is gone ({error.strerror}): fetch or make it anew.") from error
         if len(tokens) < count:
             raise UserError(f"{self.path} ends after {len(tokens):,} of {count:,} tokens: fetch or make it anew.")
+        if tokens.max() >= vocab_size:
+            raise UserError(f"{self.path} holds id {tokens.max()}, outside the vocabulary of {vocab_size}: "
+                            f"fetch or make it anew.")
         return tokens
 
 
@@ -605,7 +615,7 @@ def find_shards(config: Config) -> tuple[list[Shard], Shard]:
     prefixes = sorted({path.name.split("_train_")[0] for path in folder.glob("*_train_*.bin")})
     if len(prefixes) > 1:
         raise UserError(f"{folder} mixes shards of {' and '.join(prefixes)}: keep each kind in a folder of its own.")
-    prefix, = prefixes or ["*"]
+    prefix, = prefixes or [Path(config.data_dir).name if config.preset == "tiny" else "fineweb"]
     train_shards: list[Shard] = []
     num_batches, per_shard = 0, (PUBLISHED_SHARD_TOKENS - 1) // config.batch_tokens
     while num_batches < config.num_iterations:
@@ -638,7 +648,7 @@ class TrainLoader:
     """This rank's slices of batch 0, 1, 2, ...: (inputs [n, seq_len] int32, targets [n, seq_len] int64) per step.
 
     The global batch is num_slices slices, rank r takes the r-th run of num_slices / world.size of them. A thread makes
-    the next batch and another reads the next shard; what goes wrong in either is raised by the very next `next()`.
+    the next batch and another reads the next shard; what goes wrong in either is raised as soon as it is known.
     """
     def __init__(self, shards: list[Shard], config: Config, world: World):
         self.shards, self.config, self.world = shards, config, world
@@ -661,20 +671,17 @@ class TrainLoader:
 
     def _batches(self) -> Iterator[Tensor]:
         batch_tokens, rank_tokens = self.config.batch_tokens, self.config.batch_tokens // self.world.size
-        upcoming = self.pool.submit(self.shards[0].read, self.shards[0].num_tokens)
+        vocab_size = self.config.vocab_size
+        upcoming = self.pool.submit(self.shards[0].read, self.shards[0].num_tokens, vocab_size)
         for shard, following in zip(self.shards, [*self.shards[1:], None]):
             tokens = upcoming.result()
             if following is not None:
-                upcoming = self.pool.submit(following.read, following.num_tokens)
+                upcoming = self.pool.submit(following.read, following.num_tokens, vocab_size)
             for batch in range(shard.num_batches(batch_tokens)):
                 if upcoming.done():
                     upcoming.result()  # a shard that cannot be read stops the run now, not when its turn comes
                 start = batch * batch_tokens + self.world.rank * rank_tokens
-                mine = tokens[start:start + rank_tokens + 1]
-                if mine.max() >= self.config.vocab_size:
-                    raise UserError(f"{shard.path} holds id {mine.max()}, outside the vocabulary of "
-                                    f"{self.config.vocab_size}: fetch or make it anew.")
-                out = torch.from_numpy(mine.astype(np.int32))
+                out = torch.from_numpy(tokens[start:start + rank_tokens + 1].astype(np.int32))
                 yield out.pin_memory() if self.pinned else out
         raise UserError(f"training data ended with {self.shards[-1].path}: the schedule needs more shards.")
 
@@ -748,6 +755,7 @@ class Log:
             print(text, file=self.file)
             if console:
                 tqdm.write(text, file=sys.stdout)
+                sys.stdout.flush()
 
 
 def as_window(blocks: int, device: torch.device) -> Tensor:
@@ -761,19 +769,19 @@ def train_step(model: GPT, optimizer: Optimizer, inputs: Tensor, targets: Tensor
     Returns the mean training loss of these slices, on the device.
     """
     window_blocks = as_window(num_window_blocks(step, model.config), inputs.device)
-    losses = []
-    means: list[Tensor] = []
+    losses: list[Tensor] = []
+    means: dict[nn.Parameter, Tensor] = {}
     for n, (ids, target) in enumerate(zip(inputs, targets), start=1):
         loss = model(ids, target, window_blocks)
         loss.backward()
         losses.append(loss.detach())
         if len(inputs) > 1:
-            grads = [p.grad.float() for p in optimizer.params]
-            # A running mean leaves equal gradients exactly equal, which a sum divided at the end does not.
-            means = [mean.lerp_(grad, 1 / n) for mean, grad in zip(means, grads)] if means else grads
             for p in optimizer.params:
+                # A running mean leaves equal gradients exactly equal, which a sum divided at the end does not.
+                means[p] = means[p].lerp_(p.grad.float(), 1 / n) if n > 1 else p.grad.float()
                 p.grad = None
-    for p, mean in zip(optimizer.params, means):
+    while means:
+        p, mean = means.popitem()
         p.grad = mean.to(p.dtype)
     optimizer.step(step)
     return torch.stack(losses).mean()
@@ -786,7 +794,7 @@ def evaluate(model: GPT, shard: Shard, step: int, world: World) -> float:
     Sequences are dealt out to the ranks in turn. Raises UserError if the loss is not finite.
     """
     config = model.config
-    tokens = torch.from_numpy(shard.read(config.val_tokens + 1).astype(np.int32))
+    tokens = torch.from_numpy(shard.read(config.val_tokens + 1, config.vocab_size).astype(np.int32))
     inputs, targets = split_slices(tokens, config.val_seq_len)
     window_blocks = as_window(num_window_blocks(step, config), world.device)
     model.eval()
@@ -941,8 +949,8 @@ def main(config: Config) -> float:
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=world.device if on_gpu else None)
     seed = draw_seed(config, world)
     torch.manual_seed(seed)
-    log("\n".join((source, "=" * 100, describe_run(config, train_shards, seed, world), "=" * 100)))
     if world.rank == 0:
+        log("\n".join((source, "=" * 100, describe_run(config, train_shards, seed, world), "=" * 100)))
         print(f"preset {config.preset}, {world.size} x {device_name(world.device)}, log {log.path}", flush=True)
     with world.device:
         model = GPT(config)

@@ -2,6 +2,7 @@
 import os
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -68,3 +69,38 @@ def write_and_report(path, tokens, vocab_size, doc_id):
     num_tokens, num_documents = write_shard(path, tokens, vocab_size, doc_id)
     print(f"{path}: {num_tokens:,} tokens, {num_documents:,} documents, {path.stat().st_size / 1e6:.1f} MB, "
           f"{time.perf_counter() - start:.1f} s", flush=True)
+
+
+# ---- reading
+
+PUBLISHED_VOCAB_SIZE, PUBLISHED_DOC_ID = 50_257, 50_256  # what 0 in a header stands for
+
+
+class Damage(ShardError):
+    """What is wrong with a shard's file: a clause that completes "NAME is damaged: "."""
+
+
+class Header(NamedTuple):
+    num_tokens: int
+    vocab_size: int
+    doc_id: int
+
+
+def read_header(path):
+    """The Header of a shard, zeros replaced by what they stand for, checked against the file's size.
+
+    Raises Damage where it is no header or the size differs, OSError where the file cannot be read.
+    """
+    size = os.stat(path).st_size
+    if size < 4 * HEADER_INTS:
+        raise Damage(f"its {size:,} bytes do not hold a header of {4 * HEADER_INTS:,}")
+    magic, version, num_tokens, vocab_size, doc_id = np.fromfile(path, "<i4", count=5).tolist()
+    if (magic, version) != (MAGIC, VERSION):
+        raise Damage(f"its magic number and version are {magic} and {version} instead of {MAGIC} and {VERSION}")
+    if size != 4 * HEADER_INTS + 2 * num_tokens or num_tokens < MIN_TOKENS:
+        raise Damage(f"its header promises {num_tokens:,} tokens, for which its {size:,} bytes "
+                     f"should be {4 * HEADER_INTS + 2 * num_tokens:,}")
+    header = Header(num_tokens, vocab_size or PUBLISHED_VOCAB_SIZE, doc_id or PUBLISHED_DOC_ID)
+    if not 0 <= header.doc_id < header.vocab_size <= MAX_VOCAB:
+        raise Damage(f"its header names a vocabulary of {vocab_size:,} with document id {doc_id:,}")
+    return header

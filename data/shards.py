@@ -1,10 +1,13 @@
-"""Make token shards for the trainer.
+"""Get, make and check token shards for the trainer.
 
+    python data/shards.py get                         # the published FineWeb shards, as many as the record needs
+    python data/shards.py check FOLDER                # is what lies there whole, and enough?
+    python data/shards.py make INPUT... --out FOLDER  # your own .txt, .jsonl or .parquet files
     python data/shards.py text                        # bytes of Python's own documentation, for small trial runs
     python data/shards.py synthetic                   # random tokens with web-text statistics, for timing runs
     python data/shards.py synthetic FOLDER --shards 4 --tokens 50000000 --seed 7
 
-Needs numpy and the standard library only; the trainer reads the files and never imports this folder.
+`text` and `synthetic` need numpy alone; the trainer reads the files and never imports this folder.
 """
 import argparse
 import errno
@@ -12,7 +15,10 @@ import sys
 import time
 from pathlib import Path
 
+from check import add_check
+from fetch import add_get
 from generate import NUM_SHARDS, SHARD_TOKENS, VAL_TOKENS, make_synthetic, make_text
+from own_text import add_make
 from shard_format import ShardError
 
 HERE = Path(__file__).resolve().parent
@@ -22,6 +28,9 @@ def parse(argv):
     """The arguments; `run` among them is the chosen command, a function of them all."""
     parser = argparse.ArgumentParser(description="Make token shards for the trainer.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_get(commands)
+    add_check(commands)
+    add_make(commands)
 
     text = commands.add_parser("text", help="bytes of Python's own documentation, in seconds")
     text.set_defaults(run=lambda args: make_text(args.folder))

@@ -26,7 +26,7 @@ def small_config(**changes) -> tgm.Config:
     """All 16 layers at width 64, in the record's dtypes; slices of 256 tokens."""
     constants = dict(preset="tiny", vocab_size=257, doc_token=256, num_heads=2, head_dim=32, seq_len=256,
                      val_seq_len=512, val_tokens=2048, num_iterations=6, max_window=512, snoo_every=2,
-                     momentum_warmup_steps=3, val_every=3, warmup_steps=2, seed=1)
+                     momentum_warmup_steps=3, val_every=4, warmup_steps=2, seed=1)
     return tgm.Config(**(constants | changes))
 
 
@@ -80,10 +80,10 @@ def write_shard(path: Path, ids, vocab_size: int = 257, doc_token: int = 256, he
     return path
 
 
-def write_text_folder(folder: Path, config: tgm.Config, num_batches: int | None = None, seed: int = 0) -> tgm.Config:
+def write_text_folder(folder: Path, config: tgm.Config, seed: int = 0) -> tgm.Config:
     """A training and a validation shard of random ids that suffice for `config`, which is returned pointing there."""
-    num_batches = config.num_iterations if num_batches is None else num_batches
-    write_shard(folder / "text_train_000001.bin", random_ids(num_batches * config.batch_tokens + 1, config, seed))
+    num_tokens = config.num_iterations * config.batch_tokens + 1
+    write_shard(folder / "text_train_000001.bin", random_ids(num_tokens, config, seed))
     write_shard(folder / "text_val_000000.bin", random_ids(config.val_tokens + 1, config, seed + 1))
     return tgm.replace(config, data_dir=str(folder))
 

@@ -1,5 +1,6 @@
 """The loader: which tokens a rank sees, and what is refused before and during a run."""
 import dataclasses
+import threading
 import time
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 import train_gpt_medium as tgm
-from helpers import ALONE, CPU, random_ids, small_config, write_shard, write_text_folder
+from helpers import ALONE, CPU, small_config, write_shard, write_text_folder
 
 
 def numbered_config(**changes) -> tgm.Config:
@@ -70,7 +71,7 @@ def test_header_and_values_of_a_published_shard(tmp_path):
     path = write_shard(tmp_path / "fineweb_train_000001.bin", [50256, 1, 2, 50255], 0, 0)
     shard = tgm.open_shard(path, config)
     assert shard == tgm.Shard(path, 4)
-    assert shard.read(3).tolist() == [50256, 1, 2] and shard.read(3).dtype == np.uint16
+    assert shard.read(3, 50257).tolist() == [50256, 1, 2] and shard.read(3, 50257).dtype == np.uint16
 
 
 BAD_SHARDS = {
@@ -144,12 +145,40 @@ def test_an_error_in_the_background_reaches_the_main_thread_at_once(tmp_path, sp
     loader.close()
 
 
+def test_validation_needs_its_last_target(tmp_path):
+    config = write_text_folder(tmp_path, small_config())
+    write_shard(tmp_path / "text_val_000000.bin", [1] * config.val_tokens)
+    with pytest.raises(tgm.UserError, match="too short"):
+        tgm.find_shards(config)
+
+
+def test_the_next_batch_is_made_on_another_thread(tmp_path, monkeypatch):
+    makers = []
+    batches = tgm.TrainLoader._batches
+
+    def watched(self):
+        for batch in batches(self):
+            makers.append(threading.current_thread())
+            yield batch
+
+    monkeypatch.setattr(tgm.TrainLoader, "_batches", watched)
+    config = write_numbered(tmp_path, numbered_config(num_iterations=3), [3 * 1024 + 1])
+    loader = tgm.TrainLoader(tgm.find_shards(config)[0], config, ALONE)
+    next(loader)
+    loader.pending.result()
+    assert len(makers) == 2 and threading.main_thread() not in makers  # the second without being asked for
+    loader.close()
+
+
 def test_an_id_outside_the_vocabulary_is_refused(tmp_path):
     config = small_config(seq_len=128, num_iterations=1)
     config = write_text_folder(tmp_path, config)
     write_shard(tmp_path / "text_train_000001.bin", [1] * 1024 + [257])
     with pytest.raises(tgm.UserError, match="text_train_000001.bin holds id 257"):
         load(config)
+    path = write_shard(tmp_path / "text_val_000000.bin", [1] * config.val_tokens + [300])
+    with pytest.raises(tgm.UserError, match="text_val_000000.bin holds id 300"):
+        tgm.evaluate(tgm.GPT(config), tgm.open_shard(path, config), 0, ALONE)
 
 
 def test_running_out_of_shards_raises_instead_of_hanging(tmp_path):
@@ -187,7 +216,3 @@ def test_validation_reads_exactly_the_first_tokens(tmp_path, size):
     finally:
         tgm.dist.all_reduce = tgm_all_reduce
     assert sorted(seen) == list(range(4096))
-
-
-def test_random_ids_have_documents():
-    assert (random_ids(10_000, small_config()) == 256).sum() > 50

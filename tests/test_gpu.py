@@ -57,6 +57,13 @@ def test_compiled_model_equals_the_dense_path():
         assert bf16_error(p.grad.cpu(), q.grad) < 16 * 3 * 2 ** -9, name
 
 
+def test_block_lists_on_the_gpu_are_the_cpus():
+    ids = random_ids(65536, small_config(), mean_doc=700)
+    on_cpu, on_gpu = (tgm.window_block_mask(x, tgm.as_window(5, x.device), 256) for x in (ids, ids.cuda()))
+    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
+        assert torch.equal(getattr(on_cpu, name), getattr(on_gpu, name).cpu()), name
+
+
 @pytest.mark.parametrize("shape", [(4, 256, 256), (1024, 256), (256, 1024)])
 def test_compiled_muon_equals_the_eager_one(shape):
     compiled = torch.compile(tgm.muon_update, dynamic=False, fullgraph=True)

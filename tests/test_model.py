@@ -155,6 +155,16 @@ def test_initial_loss_is_uniform_over_all_rows_of_the_head():
     assert loss.item() == pytest.approx(torch.tensor(384.0).log().item(), abs=1e-6)
 
 
+def test_rotary_and_logits_round_where_the_record_rounds():
+    """In bf16: rotary in fp32 and then cast; the head's product in bf16, cast to fp32 before the softcap."""
+    model = make_model()
+    x = torch.randn(1, 256, 2, 32).bfloat16()
+    assert torch.equal(model.rotary(x), model.rotary(x.float()).bfloat16())
+    y = torch.randn(256, 64).bfloat16()
+    z = (y @ model.lm_head.bfloat16().T).float()
+    assert torch.equal(model.logits(y), 15 * z * torch.rsqrt(z * z + 225))
+
+
 def test_validation_in_chunks_is_the_mean_over_all_targets():
     model = make_model()
     ids = random_ids(513, model.config)

@@ -14,6 +14,7 @@ from helpers import ALONE, CPU, random_ids, small_config, write_text_folder
 @pytest.fixture
 def tiny_run(tmp_path, monkeypatch):
     """A folder to run in, and a configuration of a few seconds with shards of random ids."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # these runs are a CPU's, on any machine
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "DATA_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -78,6 +79,61 @@ def test_warm_up_leaves_no_trace(tiny_run):
         assert torch.equal(p, q[1]), name
 
 
+def test_warm_up_also_runs_validation(tiny_run, monkeypatch):
+    config, seen, latents = tgm.replace(tiny_run, val_seq_len=256), [], tgm.GPT.latents
+    monkeypatch.setattr(tgm.GPT, "latents",
+                        lambda self, ids, w: seen.append((self.training, len(ids))) or latents(self, ids, w))
+    model = tgm.GPT(config)
+    tgm.warm_up(model, tgm.Optimizer(model, config, ALONE), ALONE)
+    assert seen == [(True, 128)] * 16 + [(False, 256)]
+
+
+def test_the_clock_adds_up_its_stretches_and_waits_for_all_ranks(monkeypatch):
+    now, waits = iter([10.0, 13.0, 20.0, 24.0]), []
+    monkeypatch.setattr(tgm.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(tgm.dist, "barrier", lambda: waits.append(1))
+    clock = tgm.Clock(tgm.World(0, 2, CPU))
+    for total in (3.0, 7.0):
+        clock.start()
+        clock.stop()
+        assert clock.seconds == total
+    assert len(waits) == 4
+
+
+def test_log_lines_are_on_disk_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    log = tgm.Log(ALONE)
+    log("a line")
+    assert log.path.read_text() == "a line\n"
+
+
+def test_ranks_share_the_seed_of_rank_0(monkeypatch):
+    monkeypatch.setattr(tgm.dist, "broadcast", lambda tensor, src: tensor.fill_(42))
+    assert tgm.draw_seed(small_config(seed=None), tgm.World(1, 2, CPU)) == 42
+
+
+def test_bf16_micro_batches_are_averaged_in_fp32():
+    torch.manual_seed(0)
+    p, grads = torch.nn.Parameter(torch.zeros(1000, dtype=torch.bfloat16)), torch.randn(8, 1000).bfloat16()
+
+    class Model:
+        config = small_config()
+
+        def __call__(self, ids, targets, window_blocks):
+            return (p * grads[int(ids[0])]).sum()
+
+    class Catcher:
+        params = [p]
+
+        def step(self, step):
+            self.caught = p.grad.clone()
+
+    catcher = Catcher()
+    tgm.train_step(Model(), catcher, torch.arange(8)[:, None], torch.zeros(8, 1), 0)
+    exact = grads.double().mean(0)  # one rounding to bf16, and fp32's of numbers of order one
+    assert ((catcher.caught.double() - exact).abs() <= exact.abs() * 2 ** -8 + 1e-6).all()
+
+
 def test_log_is_the_whole_truth(tiny_run, tmp_path, capsys):
     val_loss = tgm.main(tiny_run)
     log = read_log(tmp_path)
@@ -94,7 +150,7 @@ def test_log_is_the_whole_truth(tiny_run, tmp_path, capsys):
     lines = steps.splitlines()
     validations = [found.groups() for line in lines if (found := validation.fullmatch(line))]
     trainings = [found.groups() for line in lines if (found := training.fullmatch(line))]
-    assert [int(groups[0]) for groups in validations] == [0, 3, 6]
+    assert [int(groups[0]) for groups in validations] == [0, 4, 6]  # the last one out of turn
     assert [int(groups[0]) for groups in trainings] == [1, 2, 3, 4, 5, 6]
     assert len(lines) == 10 and re.fullmatch(r"peak memory: \d+ MiB resident", lines[-1])
     assert float(validations[-1][1]) == pytest.approx(val_loss, abs=1e-6)
@@ -147,7 +203,7 @@ def test_validation_is_untimed(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr(tgm, "train_step", lambda *args: (
         running.append(clocks[0].started is not None if clocks else "warm-up"), train_step(*args)))
     tgm.main(tiny_run)
-    assert running == ["warm-up"] * 2 + [False] + [True] * 3 + [False] + [True] * 3 + [False]
+    assert running == ["warm-up"] * 2 + [False] + [True] * 4 + [False] + [True] * 2 + [False]
 
 
 def test_validation_uses_the_window_after_the_completed_steps(tiny_run, monkeypatch):
@@ -194,9 +250,9 @@ def test_micro_batches_are_all_used(tiny_run):
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tiny_run, tmp_path):
-    with pytest.raises(tgm.UserError, match="validation loss is nan after 3 steps"):
+    with pytest.raises(tgm.UserError, match="validation loss is nan after 4 steps"):
         tgm.main(tgm.replace(tiny_run, embed_lr=float("inf")))
-    assert "step:3/6 train_time" in read_log(tmp_path)  # what was done is in the log
+    assert "step:4/6 train_time" in read_log(tmp_path)  # what was done is in the log
 
 
 def test_a_run_ends_without_threads_left(tiny_run):

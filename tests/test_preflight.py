@@ -1,0 +1,172 @@
+"""The look at the machine before a run: every subject's verdicts, with stand-ins for nvidia-smi and python."""
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from helpers import ROOT, small_config, write_text_folder
+
+sys.path.insert(0, str(ROOT / "data"))
+import preflight  # noqa: E402
+import train_gpt_medium as tgm  # noqa: E402
+
+H100 = preflight.Gpu("NVIDIA H100 80GB HBM3", 81559, 81000, "580.95.05", "9.0")
+
+
+def fake_nvidia_smi(folder, *lines: str) -> None:
+    folder.mkdir(exist_ok=True)
+    script = folder / "nvidia-smi"
+    script.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
+    script.chmod(0o755)
+
+
+def test_gpus_are_read_from_nvidia_smi(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    fake_nvidia_smi(tmp_path, *["NVIDIA H100 80GB HBM3, 81559, 81000, 580.95.05, 9.0"] * 5)
+    assert preflight.list_gpus() == [H100] * 5
+    assert preflight.ranks_on(preflight.list_gpus()) == 4
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
+    assert len(preflight.list_gpus()) == 2
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert preflight.list_gpus() == []
+
+
+def test_a_broken_or_missing_nvidia_smi_means_no_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert preflight.list_gpus() == []
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert preflight.list_gpus() == []
+
+
+def test_gpu_line():
+    assert preflight.check_gpus([H100] * 8, "medium").status == "ok"
+    assert preflight.check_gpus([], "tiny").status == "ok"
+    assert preflight.check_gpus([], "medium").status == "error"
+    line = preflight.check_gpus([H100, H100._replace(name="NVIDIA A100", capability="8.0")], "medium")
+    assert line.status == "warning" and "not all Hopper" in line.text
+
+
+@pytest.mark.parametrize("driver, cuda, status, words", [
+    ("580.95.05", "13.0", "ok", "580"), ("535.104.05", "12.6", "ok", "525"),
+    ("535.104.05", "13.0", "error", "update it to 580 or newer, or install a build of torch for CUDA 12.x"),
+    ("470.82.01", "12.6", "error", "build of torch for CUDA 11.x"), ("440.33.01", "12.6", "error", "no build of torch"),
+    ("580.95.05", None, "error", "CPU build")])
+def test_driver_line_says_which_build_fits(driver, cuda, status, words):
+    line = preflight.check_driver([H100._replace(driver=driver)], "2.13.0", cuda)
+    assert line.status == status and words in line.text
+
+
+def test_memory_line_counts_more_for_fewer_ranks():
+    eight, one = preflight.check_memory([H100] * 8, "medium"), preflight.check_memory([H100], "medium")
+    assert eight.status == one.status == "ok"
+    assert "about 55 GiB" in eight.text and "about 61 GiB" in one.text
+    occupied = H100._replace(free_mib=20_000)
+    assert preflight.check_memory([H100] * 6 + [occupied], "medium").status == "ok"  # only the first four are used
+    busy = preflight.check_memory([H100, occupied], "medium")
+    assert busy.status == "error" and "end the other processes" in busy.text
+    small = preflight.check_memory([H100._replace(total_mib=40_000, free_mib=39_000)], "medium")
+    assert small.status == "error" and "80 GB" in small.text
+
+
+def shard_line(folder, preset="medium"):
+    config = tgm.replace(tgm.PRESETS[preset], data_dir=str(folder))
+    return preflight.check_shards(config, tgm.UserError, tgm.find_shards)
+
+
+def test_shard_line(tmp_path):
+    assert shard_line(tmp_path).status == "warning" and "./run.sh fetches" in shard_line(tmp_path).text
+    assert shard_line(tmp_path, "tiny").status == "warning"
+    (tmp_path / "fineweb_train_000001.bin").write_bytes(b"torn")
+    assert shard_line(tmp_path).status == "error" and "fineweb_train_000001.bin" in shard_line(tmp_path).text
+    (tmp_path / "fineweb_train_000001.bin").unlink()
+    tiny = write_text_folder(tmp_path, small_config())
+    assert preflight.check_shards(tiny, tgm.UserError, tgm.find_shards).status == "ok"
+    assert shard_line(tmp_path).status == "error"  # text for a model of FineWeb
+
+
+def test_disk_lines(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = tgm.replace(tgm.PRESETS["medium"], data_dir=str(tmp_path / "new" / "folder"))
+    usage = preflight.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage._replace(free=10 * 2**30))
+    assert [line.status for line in preflight.check_disk(config, 30)] == ["ok", "ok"]
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage._replace(free=5 * 2**30))
+    data, log = preflight.check_disk(config, 30)
+    assert (data.status, log.status) == ("error", "ok") and "5.8 GiB still needed" in data.text
+    (tmp_path / "new").write_text("a file in the way")
+    assert "no folder" in preflight.check_disk(config, 30)[0].text
+
+
+def fail_on_rank_one(rank, size, port, on_gpu):
+    if rank == 1:
+        sys.exit("no peer access")
+    time.sleep(60)
+
+
+def hang(rank, size, port, on_gpu):
+    time.sleep(60 if rank == 0 else 0)
+
+
+def test_all_reduce_line_for_real():
+    assert preflight.check_all_reduce(2, on_gpu=False).status == "ok"
+    assert preflight.check_all_reduce(1, on_gpu=False).status == "ok"
+
+
+def test_all_reduce_line_when_a_rank_fails_or_hangs():
+    line = preflight.check_all_reduce(2, False, trial=fail_on_rank_one)
+    assert line.status == "error" and "rank 1 of 2 failed" in line.text
+    line = preflight.check_all_reduce(2, False, limit_s=8, trial=hang)
+    assert line.status == "error" and "ranks [0] of 2 hung" in line.text
+
+
+def test_report_on_this_machine_is_one_screen(tmp_path):
+    environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
+                                "CUDA_VISIBLE_DEVICES": ""}
+
+    def check(preset):
+        return subprocess.run(["bash", ROOT / "run.sh", "--check", preset], env=environment, text=True,
+                              capture_output=True)
+
+    done = check("tiny")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 10 and all(line.split()[0] in ("ok", "warning") for line in lines[1:])
+    done = check("medium")
+    assert done.returncode == 1 and "\nerror    GPUs" in done.stdout and "not ready" in done.stderr
+
+
+def run_with_fake_python(tmp_path, gpus: int, *arguments, **environment) -> subprocess.CompletedProcess:
+    """run.sh with an interpreter that satisfies every requirement and only says what it was asked to run."""
+    fake = tmp_path / "bin" / "python3"
+    fake.parent.mkdir(exist_ok=True)
+    fake.write_text(f'#!/bin/sh\ncase "$1" in -) exit 0 ;; -c) echo {gpus} ;; *) echo "RUN $*" ;; esac\n')
+    fake.chmod(0o755)
+    return subprocess.run(["bash", ROOT / "run.sh", *arguments], capture_output=True, text=True, check=True,
+                          env=os.environ | {"PATH": f"{fake.parent}:{os.environ['PATH']}"} | environment)
+
+
+@pytest.mark.parametrize("gpus, nproc", [(8, 8), (7, 4), (3, 2), (1, 1)])
+def test_run_sh_with_gpus_checks_fetches_and_launches(tmp_path, gpus, nproc):
+    folder = str(tmp_path / "fineweb")
+    done = run_with_fake_python(tmp_path, gpus, DATA_PATH=folder)
+    said = [line for line in done.stdout.splitlines() if line.startswith("RUN")]
+    assert said == ["RUN data/preflight.py medium", f"RUN data/shards.py get {folder} --preset medium",
+                    f"RUN -m torch.distributed.run --standalone --nproc_per_node={nproc} train_gpt_medium.py medium"]
+    assert done.stdout.startswith(f"{gpus} GPUs: I will check the machine, fetch")
+
+
+def test_run_sh_never_falls_back_to_the_cpu_on_a_node_with_gpus(tmp_path):
+    fake_nvidia_smi(tmp_path / "bin", "GPU 0: NVIDIA H100 80GB HBM3")
+    done = run_with_fake_python(tmp_path, 0, CUDA_VISIBLE_DEVICES="0")
+    assert [line for line in done.stdout.splitlines() if line.startswith("RUN")] == ["RUN data/preflight.py medium"]
+
+
+def test_run_sh_takes_other_shards_as_they_are(tmp_path):
+    (tmp_path / "synthetic_train_000001.bin").touch()
+    done = run_with_fake_python(tmp_path, 8, "short", DATA_PATH=str(tmp_path))
+    said = [line for line in done.stdout.splitlines() if line.startswith("RUN")]
+    assert said[0] == "RUN data/preflight.py short" and len(said) == 2 and said[1].endswith("train_gpt_medium.py short")
