@@ -60,15 +60,16 @@ set_up_python() {
 }
 
 train_tiny() {
-    local python=$1 data=${DATA_PATH:-data/text} output log first last
-    if ls "$data"/*_train_*.bin >/dev/null 2>&1; then
+    local python=$1 data=${DATA_PATH:-data/text} output log first last shards
+    shards=$(ls "$data"/*_train_*.bin 2>/dev/null || true)
+    if [ -n "$shards" ]; then
         echo "I will train the preset tiny (all 16 layers, width 128) on the shards in $data:"
     else
         echo "I will make shards of Python's own documentation in $data and train the preset tiny (16 layers, width 128):"
     fi
     echo "2 to 3 minutes if this machine has 2 CPU cores and no GPU."
     "$python" data/preflight.py tiny
-    ls "$data"/*_train_*.bin >/dev/null 2>&1 || "$python" data/shards.py text "$data"
+    [ -n "$shards" ] || "$python" data/shards.py text "$data"
     output=$(mktemp)
     trap "rm -f '$output'" EXIT
     "$python" train_gpt_medium.py tiny | tee "$output"

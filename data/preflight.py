@@ -211,11 +211,11 @@ def report(preset: str) -> list[Line]:
     try:
         import torch
         import train_gpt_medium as trainer
+        from fetch import count_shards
     except Exception as error:  # a broken torch raises more than ImportError
         broken = Line("error", "torch", f"does not load ({error}): delete .venv and run ./run.sh")
         return [check_gpus(gpus, preset), broken]
     config = trainer.choose_config([preset])
-    batches = (trainer.PUBLISHED_SHARD_TOKENS - 1) // config.batch_tokens
     on_gpu = bool(gpus) and torch.cuda.is_available() and preset != "tiny"
     return [
         check_gpus(gpus, preset),
@@ -224,7 +224,7 @@ def report(preset: str) -> list[Line]:
         check_all_reduce(ranks_on(gpus) if on_gpu else 1, on_gpu),
         check_memory(gpus, preset),
         check_shards(config, trainer.UserError, trainer.find_shards),
-        *check_disk(config, -(-config.num_iterations // batches)),
+        *check_disk(config, count_shards(preset)),
         check_duration(gpus, preset, config.num_iterations),
     ]
 
