@@ -22,7 +22,7 @@ TEXT
 
 die() { echo "run.sh: $*" >&2; exit 1; }
 
-# True if interpreter $1 has every package pinned in file $2 and the files it refers to.
+# True if interpreter $1 has every package of file $2 in the version pinned there, and the files it refers to.
 satisfies() {
     "$1" - "$2" <<'PYTHON' 2>/dev/null
 import importlib.metadata, pathlib, sys
@@ -33,8 +33,8 @@ def check(path):
         if line.startswith("-r "):
             check(path.parent / line[3:])
         elif line:
-            name, version = line.split("==")
-            if importlib.metadata.version(name).split("+")[0] != version:
+            name, _, version = line.partition("==")
+            if version not in ("", importlib.metadata.version(name).split("+")[0]):
                 sys.exit(1)
 
 check(pathlib.Path(sys.argv[1]))

@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -34,11 +35,22 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from tqdm import tqdm
 
+try:  # comes with torch for GPUs; where it is missing, the plain versions of the kernels run
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:
+    triton, tl = None, SimpleNamespace(constexpr=int)
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Constants: everything that an experiment changes
 
 SMEAR_MTP = True  # False, with num_iterations = 5550, is the previous record: the baseline of the comparison
 BLOCK_SIZE = 128  # tokens of an attention block
+# FlexAttention's options for long and short windows. A token sees itself, so no row is empty; tiles, warps and stages
+# (fwd_BLOCK_M, bwd_num_warps, ...) are torch's own until tests/bench.py --sweep-attention has found better ones.
+LONG_WINDOW_KERNEL = {"ROWS_GUARANTEED_SAFE": True}
+SHORT_WINDOW_KERNEL = {"ROWS_GUARANTEED_SAFE": True}
 
 
 class Layer(NamedTuple):
@@ -176,6 +188,239 @@ PRESETS = {config.preset: config for config in (
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Kernels: what torch.compile cannot fuse by itself. Each is a custom operation, a Triton kernel on a GPU and the same
+# function in plain torch elsewhere; the autograd Function behind it says what is kept for the backward pass.
+
+def kernel(function: Callable) -> Callable:
+    return triton.jit(function) if triton else function
+
+
+def runs_kernels(x: Tensor) -> bool:
+    """fp32, which known answers use, is left to the plain versions: Triton would multiply it in tf32."""
+    return x.is_cuda and x.dtype != torch.float32
+
+
+def num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@kernel
+def cross_entropy_kernel(logits, targets, losses, num_rows, num_columns, softcap, grad_scale,
+                         WITH_GRAD: tl.constexpr, BLOCK: tl.constexpr):
+    for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
+        z_row = logits + tl.cast(row, tl.int64) * num_columns
+        target = tl.load(targets + row)
+        z_target = tl.load(z_row + target).to(tl.float32)  # now: later, another warp may have overwritten it
+        exp_sum = tl.full([BLOCK], 0.0, tl.float32)
+        for start in tl.range(0, num_columns, BLOCK, num_stages=4):
+            column = start + tl.arange(0, BLOCK)
+            z = tl.load(z_row + column, mask=column < num_columns, other=0.0).to(tl.float32)
+            capped = z * softcap * tl.rsqrt(z * z + softcap * softcap)
+            # No logit exceeds softcap, so the exponentials need no maximum to be subtracted.
+            exp_sum += tl.where(column < num_columns, tl.exp(capped - softcap), 0.0)
+        log_sum = tl.log(tl.sum(exp_sum, 0)) + softcap
+        tl.store(losses + row, log_sum - z_target * softcap * tl.rsqrt(z_target * z_target + softcap * softcap))
+        if WITH_GRAD:
+            for start in tl.range(0, num_columns, BLOCK, num_stages=4):
+                column = start + tl.arange(0, BLOCK)
+                zs = tl.load(z_row + column, mask=column < num_columns, other=0.0).to(tl.float32)
+                slope = softcap * tl.rsqrt(zs * zs + softcap * softcap)  # of the cap, to the power of 1 / 3
+                excess = tl.exp(zs * slope - log_sum) - tl.where(column == target, 1.0, 0.0)
+                grad = excess * slope * slope * slope * grad_scale
+                tl.store(z_row + column, grad.to(logits.dtype.element_ty), mask=column < num_columns)
+
+
+@torch.library.custom_op("smear_mtp::cross_entropy", mutates_args=("logits",))
+def cross_entropy(logits: Tensor, targets: Tensor, softcap: float, with_grad: bool) -> Tensor:
+    """Softcapped cross-entropy of logits [T, V], not yet capped, and targets [T]: losses [T] in nats, fp32.
+
+    with_grad: the logits are overwritten by the gradient of the mean loss. They are read from memory once: a program
+    takes one row at a time, and few enough programs run for their rows (100 KB each) to be in the L2 cache when the
+    second loop comes. No fp32 copy exists. The plain version moves 3 times 6.6 GB of logits, this one 2.
+    """
+    assert logits.is_contiguous()
+    if runs_kernels(logits):
+        losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+        num_programs = min(len(logits), 2 * num_multiprocessors(logits.device))
+        cross_entropy_kernel[(num_programs,)](logits, targets, losses, *logits.shape, softcap, 1 / len(logits),
+                                              WITH_GRAD=with_grad, BLOCK=4096, num_warps=16, maxnreg=64)
+        return losses
+    z = logits.float()
+    slope = softcap * torch.rsqrt(z.square() + softcap ** 2)
+    log_p = (z * slope).log_softmax(-1)
+    if with_grad:
+        excess = log_p.exp() - F.one_hot(targets, logits.size(1))
+        logits.copy_(excess * slope ** 3 / len(logits))
+    return -log_p.gather(1, targets[:, None])[:, 0]
+
+
+@cross_entropy.register_fake
+def _(logits, targets, softcap, with_grad):
+    return logits.new_empty(len(logits), dtype=torch.float32)
+
+
+class HeadLoss(torch.autograd.Function):
+    """Mean loss of latents [T, C] under the head [V, C]. Gradients are computed at once, so that the logits, the
+    largest tensor of all, are gone when this returns: 0.2 GB are kept for the backward pass in place of 6.6."""
+    @staticmethod
+    def forward(ctx, latents: Tensor, head: Tensor, targets: Tensor, softcap: float) -> Tensor:
+        logits = latents @ head.mT
+        losses = cross_entropy(logits, targets, softcap, True)
+        ctx.save_for_backward(logits @ head, logits.mT @ latents)
+        return losses.mean()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        latents_grad, head_grad = ctx.saved_tensors
+        return latents_grad * grad, head_grad * grad, None, None
+
+
+@kernel
+def mlp_gemm_kernel(a_desc, b_desc, post_desc, out_desc, M, N, K, BACKWARD: tl.constexpr, BLOCK_M: tl.constexpr,
+                    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr):
+    num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=True):
+        # GROUP_M tiles below each other run at once, so that their columns of b are read from the L2 cache.
+        group = tile // (GROUP_M * num_n)
+        group_m = min(num_m - group * GROUP_M, GROUP_M)
+        m = (group * GROUP_M + tile % (GROUP_M * num_n) % group_m) * BLOCK_M
+        n = (tile % (GROUP_M * num_n) // group_m) * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            b = b_desc.load([k, n]) if BACKWARD else b_desc.load([n, k]).T
+            acc = tl.dot(a_desc.load([m, k]), b, acc)
+        # In halves, so that the tile on its way out leaves shared memory for the pipeline.
+        halves = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+        for half in tl.static_range(2):
+            x, column = halves[half], n + half * (BLOCK_N // 2)
+            if BACKWARD:
+                x *= 2 * tl.sqrt(post_desc.load([m, column]).to(tl.float32))
+            else:
+                x = tl.maximum(x, 0.0)
+                x *= x
+            out_desc.store([m, column], x.to(out_desc.dtype))
+
+
+def launch_mlp_gemm(a: Tensor, b: Tensor, post: Tensor | None) -> Tensor:
+    """relu(a bT)^2 without post, 2 sqrt(post) (a b) with it: [M, K] and [N, K] or [K, N] -> [M, N]."""
+    assert a.is_contiguous() and b.is_contiguous()
+    (M, K), N = a.shape, b.size(0 if post is None else 1)
+    out = torch.empty(M, N, dtype=a.dtype, device=a.device)
+    BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64
+    in_blocks = TensorDescriptor.from_tensor
+    out_desc = in_blocks(out, [BLOCK_M, BLOCK_N // 2])
+    mlp_gemm_kernel[(min(num_multiprocessors(a.device), triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N)),)](
+        in_blocks(a, [BLOCK_M, BLOCK_K]), in_blocks(b, [BLOCK_N, BLOCK_K] if post is None else [BLOCK_K, BLOCK_N]),
+        out_desc if post is None else in_blocks(post, [BLOCK_M, BLOCK_N // 2]), out_desc, M, N, K,
+        BACKWARD=post is not None, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GROUP_M=8,
+        num_warps=8, num_stages=4 if post is None else 3)
+    return out
+
+
+@torch.library.custom_op("smear_mtp::mlp_up", mutates_args=())
+def mlp_up(x: Tensor, fc: Tensor) -> Tensor:
+    """relu(x fcT)^2: [T, C], [4C, C] -> [T, 4C]. The product before the relu never leaves the multiprocessor.
+
+    Fusing relu^2 into the product is from [@andrewbriand, modded-nanogpt].
+    """
+    if runs_kernels(x):
+        return launch_mlp_gemm(x, fc, None)
+    return F.relu(F.linear(x, fc)).square()
+
+
+@mlp_up.register_fake
+def _(x, fc):
+    return x.new_empty(len(x), len(fc))
+
+
+@torch.library.custom_op("smear_mtp::mlp_down_grad", mutates_args=())
+def mlp_down_grad(dy: Tensor, proj: Tensor, post: Tensor) -> Tensor:
+    """Gradient before relu^2: 2 sqrt(post) (dy proj). dy [T, C], proj [C, 4C], post [T, 4C] -> [T, 4C].
+
+    The square's derivative is 2 relu(h), and relu(h) is the root of post: with half of post's rounding error.
+    """
+    if runs_kernels(dy):
+        return launch_mlp_gemm(dy, proj, post)
+    return ((dy @ proj).float() * 2 * post.float().sqrt()).to(dy.dtype)
+
+
+@mlp_down_grad.register_fake
+def _(dy, proj, post):
+    return torch.empty_like(post)
+
+
+class ReluSquaredMLP(torch.autograd.Function):
+    """proj(relu(fc(x))^2). For the backward pass it keeps post = relu()^2 alone (8.6 GB less in 16 layers) and moves
+    34 GB less than with relu^2 in kernels of its own."""
+    @staticmethod
+    def forward(ctx, x: Tensor, fc: Tensor, proj: Tensor) -> Tensor:
+        post = mlp_up(x, fc)
+        ctx.save_for_backward(x, fc, proj, post)
+        return F.linear(post, proj)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, fc, proj, post = ctx.saved_tensors
+        dh = mlp_down_grad(dy, proj, post)
+        return dh @ fc, dh.mT @ x, dy.mT @ post
+
+
+@kernel
+def embedding_grad_kernel(grads, order, starts, out, num_tokens, vocab_size, num_channels,
+                          ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    row, table = tl.program_id(0), tl.program_id(1)
+    channel = tl.arange(0, CHANNELS)
+    first, last = tl.load(starts + row), tl.load(starts + row + 1)
+    total = tl.full([CHANNELS], 0.0, tl.float32)
+    for start in range(first, last, ROWS):
+        position = start + tl.arange(0, ROWS)
+        token = tl.load(order + position, mask=position < last, other=0) + table.to(tl.int64) * num_tokens
+        inside = (position < last)[:, None] & (channel < num_channels)[None, :]
+        grad = tl.load(grads + token[:, None] * num_channels + channel[None, :], mask=inside, other=0.0)
+        total += tl.sum(grad.to(tl.float32), 0)
+    out_row = out + (table.to(tl.int64) * vocab_size + row) * num_channels
+    tl.store(out_row + channel, total.to(out.dtype.element_ty), mask=channel < num_channels)
+
+
+@torch.library.custom_op("smear_mtp::embedding_grad", mutates_args=())
+def embedding_grad(grads: Tensor, ids: Tensor, vocab_size: int) -> Tensor:
+    """Gradient of n tables looked up at the same ids: [n, T, C], [T] -> [n, V, C], summed in fp32, rounded once.
+
+    The tokens are sorted once; a program sums the rows of one id in one table. So no fp32 table is filled with zeros,
+    added to atomically, and cast: 1.7 GB where torch moves 6, and the same bits in every run.
+    """
+    num_tables, T, C = grads.shape
+    if not runs_kernels(grads):
+        out = torch.zeros(num_tables, vocab_size, C, dtype=torch.float32, device=grads.device)
+        return out.index_add_(1, ids, grads.float()).to(grads.dtype)
+    ids, order = ids.sort()
+    starts = torch.searchsorted(ids, torch.arange(vocab_size + 1, dtype=ids.dtype, device=ids.device))
+    out = torch.empty(num_tables, vocab_size, C, dtype=grads.dtype, device=grads.device)
+    embedding_grad_kernel[(vocab_size, num_tables)](grads, order, starts, out, T, vocab_size, C, ROWS=16,
+                                                    CHANNELS=triton.next_power_of_2(C), num_warps=8)
+    return out
+
+
+@embedding_grad.register_fake
+def _(grads, ids, vocab_size):
+    return grads.new_empty(len(grads), vocab_size, grads.size(2))
+
+
+class Embed(torch.autograd.Function):
+    """Rows of n tables [n, V, C] at ids [T]: n tensors [T, C]."""
+    @staticmethod
+    def forward(ctx, tables: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(ids)
+        ctx.vocab_size = tables.size(1)
+        return tuple(F.embedding(ids, table) for table in tables)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
+        ids, = ctx.saved_tensors
+        return embedding_grad(torch.stack(grads), ids, ctx.vocab_size), None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Attention: documents and sliding windows in blocks of 128 tokens
 
 def norm(x: Tensor) -> Tensor:
@@ -183,35 +428,44 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
-def window_block_mask(ids_T: Tensor, window_blocks: Tensor, doc_token: int) -> BlockMask:
-    """Causal attention within documents, cut to the nearest blocks.
+def block_lists(num_visible_B: Tensor, num_full_B: Tensor, step: int, w: Tensor) -> tuple[Tensor, ...]:
+    """Numbers [B] and lists [B, B] of the partial and then of the full blocks that a block keeps in a window w.
 
-    ids_T: integer ids, T a multiple of 128. window_blocks: zero-dim integer tensor w, so that a growing window does not
+    The blocks that see each other lie side by side: first the block itself, partial; then the full ones; then the other
+    partial ones. step: -1 to list keys of queries, 1 queries of keys. Entries past a number are not read.
+    """
+    block = torch.arange(len(num_visible_B), device=w.device, dtype=torch.int32)
+    num_partial_B = torch.minimum(num_visible_B - num_full_B, (w - num_full_B).clamp_min(1))
+    partial_BB = block[:, None] + step * (block + torch.where(block > 0, num_full_B[:, None], 0))
+    full_BB = block[:, None] + step * (block + 1)
+    return (num_partial_B, partial_BB.clamp(0, len(block) - 1),
+            torch.minimum(num_full_B, (w - 1).clamp_min(0)), full_BB.clamp(0, len(block) - 1))
+
+
+def block_masks(ids_T: Tensor, window_blocks: Tensor, doc_token: int) -> tuple[BlockMask, BlockMask]:
+    """Causal attention within documents, cut to the nearest blocks, for the windows w and w // 2.
+
+    ids_T: integer ids, T a multiple of 128. window_blocks: zero-dim int32 tensor w, so that a growing window does not
     recompile. A query block keeps its nearest w - 1 full and max(w - full, 1) partial blocks. Full: both blocks lie in
     one document, every pair attends. Partial: q >= k and the same document are tested token by token.
     Source of the scheme: [@KoszarskyB and @YouJiacheng, modded-nanogpt].
     """
-    doc_T = (ids_T == doc_token).cumsum(0)
-    first_B, last_B = doc_T.view(-1, BLOCK_SIZE)[:, 0], doc_T.view(-1, BLOCK_SIZE)[:, -1]
-    block = torch.arange(first_B.numel(), device=ids_T.device)
-    overlap_BB = (first_B[:, None] <= last_B) & (last_B[:, None] >= first_B)
-    full_BB = (block[:, None] > block) & (first_B[:, None] == last_B) & (last_B[:, None] == first_B)
-    partial_BB = (block[:, None] >= block) & overlap_BB & ~full_BB
-
-    def nearest_first(kept_BB: Tensor) -> tuple[Tensor, Tensor]:
-        # Ascending and stable puts the kept blocks last, in order: flipped, they come first, nearest block first.
-        return kept_BB.sum(-1, dtype=torch.int32), kept_BB.int().argsort(dim=-1, stable=True).flip(-1).int()
-
-    num_full_B, full_index_BB = nearest_first(full_BB)
-    num_partial_B, partial_index_BB = nearest_first(partial_BB)
-    return BlockMask.from_kv_blocks(
-        torch.minimum(num_partial_B, (window_blocks - num_full_B).clamp_min(1))[None, None],
-        partial_index_BB[None, None],
-        torch.minimum(num_full_B, (window_blocks - 1).clamp_min(0))[None, None],  # w = 0 keeps no full block
-        full_index_BB[None, None],
-        BLOCK_SIZE=BLOCK_SIZE,
-        mask_mod=lambda b, h, q, k: (q >= k) & (doc_T[q] == doc_T[k]),
-    )
+    T = len(ids_T)
+    token = torch.arange(T, device=ids_T.device, dtype=torch.int32)
+    block, after = token[:T // BLOCK_SIZE], token[::BLOCK_SIZE] + BLOCK_SIZE  # first token after a block
+    doc_start_T = torch.where(ids_T == doc_token, token, 0).cummax(0).values
+    start_B = doc_start_T[::BLOCK_SIZE]  # where the document of a block's first token starts
+    inside_B = doc_start_T[BLOCK_SIZE - 1::BLOCK_SIZE] <= token[::BLOCK_SIZE]  # one document in the whole block
+    # Where the document of a block's last token ends: at the first start in a later block, or at T.
+    first_B = torch.where(ids_T == doc_token, token, T).view(-1, BLOCK_SIZE).amin(1)
+    end_B = F.pad(first_B.flip(0).cummin(0).values.flip(0)[1:], (0, 1), value=T)
+    keys = block + 1 - start_B // BLOCK_SIZE, torch.where(inside_B, block - (start_B + BLOCK_SIZE - 1) // BLOCK_SIZE, 0)
+    queries = (end_B - 1) // BLOCK_SIZE + 1 - block, torch.where(inside_B, (end_B - after) // BLOCK_SIZE, 0)
+    long_mask, short_mask = (
+        BlockMask((T, T), *(x[None, None] for x in (*block_lists(*keys, -1, w), *block_lists(*queries, 1, w))),
+                  BLOCK_SIZE=(BLOCK_SIZE, BLOCK_SIZE), mask_mod=lambda b, h, q, k: (q >= k) & (k >= doc_start_T[q]))
+        for w in (window_blocks, window_blocks // 2))
+    return long_mask, short_mask
 
 
 def dense_mask(block_mask: BlockMask) -> Tensor:
@@ -221,7 +475,7 @@ def dense_mask(block_mask: BlockMask) -> Tensor:
 
     def listed(num: Tensor, index: Tensor) -> Tensor:
         kept_BB = position[:num_blocks] < num[0, 0, :, None]
-        chosen_BB = torch.zeros_like(kept_BB).scatter_(1, index[0, 0].long(), kept_BB)
+        chosen_BB = torch.zeros_like(index[0, 0]).scatter_add_(1, index[0, 0].long(), kept_BB.int()) > 0
         return chosen_BB.repeat_interleave(BLOCK_SIZE, 0).repeat_interleave(BLOCK_SIZE, 1)
 
     partial_TT = listed(block_mask.kv_num_blocks, block_mask.kv_indices)
@@ -229,15 +483,15 @@ def dense_mask(block_mask: BlockMask) -> Tensor:
     return full_TT | (partial_TT & block_mask.mask_mod(0, 0, position[:, None], position))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, scale: float) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, scale: float, kernel_options: dict) -> Tensor:
     """Softmax attention, [1, T, H, D] -> [1, T, H, D].
 
-    A BlockMask goes to FlexAttention, which must be compiled: eager FlexAttention ignores block lists. A dense [T, T]
-    mask goes to torch's own attention: FlexAttention has no backward on a CPU.
+    A BlockMask goes to FlexAttention with its kernel_options, which must be compiled: eager FlexAttention ignores block
+    lists. A dense [T, T] mask goes to torch's own attention: FlexAttention has no backward on a CPU.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if isinstance(mask, BlockMask):
-        y = flex_attention(q, k, v, block_mask=mask, scale=scale)
+        y = flex_attention(q, k, v, block_mask=mask, scale=scale, kernel_options=kernel_options)
     else:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return y.transpose(1, 2)
@@ -395,12 +649,11 @@ class Optimizer:
     def __init__(self, model: "GPT", config: Config, world: World, muon_update: Callable[..., None] = muon_update):
         self.config, self.world = config, world
         scalars = ("skip_weights", "block_lambdas", "attn_lambdas", "smear_lambda", "backout_lambdas")
-        adam_lr = {"lm_head": config.head_lr, "embed1": config.embed_lr, "embed2": config.embed_lr,
-                   "value_embeds": config.embed_lr, **dict.fromkeys(scalars, config.scalar_lr)}
+        adam_lr = {"lm_head": config.head_lr, "embeds": config.embed_lr, **dict.fromkeys(scalars, config.scalar_lr)}
         mlp_decay = config.muon_decay * config.mlp_decay_factor
         muon_decay = {"qkvo": config.muon_decay, "mlp_fc": mlp_decay, "mlp_proj": mlp_decay}
         by_role: dict[str, list[nn.Parameter]] = {}
-        for name, p in model.named_parameters():  # embed1, value_embeds.3, blocks.5.mlp_fc
+        for name, p in model.named_parameters():  # embeds, blocks.5.mlp_fc
             role, *rest = name.removeprefix("blocks.").split(".")
             by_role.setdefault(rest[0] if role.isdigit() else role, []).append(p)
         if unknown := by_role.keys() - adam_lr.keys() - muon_decay.keys():
@@ -467,6 +720,7 @@ class Block(nn.Module):
         super().__init__()
         C = config.model_dim
         self.num_heads, self.attention_scale = config.num_heads, config.attention_scale
+        self.kernel_options = LONG_WINDOW_KERNEL if layer.long_window else SHORT_WINDOW_KERNEL
         bound = 3 ** 0.5 * config.init_scale * C ** -0.5  # uniform in +-bound
         if layer.attention:
             qkvo = torch.empty(4, C, C).uniform_(-bound, bound)
@@ -479,15 +733,15 @@ class Block(nn.Module):
                   mask: BlockMask | Tensor) -> Tensor:
         """x, value_embed: [T, C]; lambdas: [2], the shares of value and value embedding."""
         qkv = F.linear(x, self.qkvo[:3].flatten(0, 1)).view(1, x.size(0), 3, self.num_heads, -1)
-        q, k, v = norm(qkv).unbind(2)
-        v = lambdas[0] * v
+        q, k, v = qkv.unbind(2)  # before norm, which torch.compile then fuses with rotary
+        v = lambdas[0] * norm(v)
         if value_embed is not None:
             v = v + lambdas[1] * value_embed.view_as(v)
-        y = attend(rotary(q), rotary(k), v, mask, self.attention_scale)
+        y = attend(rotary(norm(q)), rotary(norm(k)), v, mask, self.attention_scale, self.kernel_options)
         return F.linear(y.reshape(x.shape), self.qkvo[3])
 
     def mlp(self, x: Tensor) -> Tensor:
-        return F.linear(F.relu(F.linear(norm(x), self.mlp_fc)).square(), self.mlp_proj)
+        return ReluSquaredMLP.apply(norm(x), self.mlp_fc, self.mlp_proj)
 
 
 def smear(x: Tensor, smear_lambda: Tensor) -> Tensor:
@@ -502,12 +756,8 @@ class GPT(nn.Module):
         self.config = config
         num_layers, C = len(config.layers), config.model_dim
         num_value_embeds = len({layer.value_embed for layer in config.layers} - {None})
-
-        def table() -> nn.Parameter:
-            return nn.Parameter(torch.randn(config.vocab_size, C).to(config.dtype))
-
-        self.embed1, self.embed2 = table(), table()
-        self.value_embeds = nn.ParameterList(table() for _ in range(num_value_embeds))
+        # Two tables for the input, the others for values.
+        self.embeds = nn.Parameter(torch.randn(2 + num_value_embeds, config.vocab_size, C).to(config.dtype))
         self.blocks = nn.ModuleList(Block(config, layer) for layer in config.layers)
         self.rotary = Rotary(config.head_dim, config.rotary_base, max(config.seq_len, config.val_seq_len))
         # Rows are padded to a multiple of 128 [@Grad62304977, modded-nanogpt]; all of them count in the loss.
@@ -521,13 +771,12 @@ class GPT(nn.Module):
 
     def latents(self, ids: Tensor, window_blocks: Tensor) -> Tensor:
         """ids [T] integer, window_blocks zero-dim integer -> the head's input [T, C], smeared."""
-        masks = [window_block_mask(ids, w, self.config.doc_token) for w in (window_blocks, window_blocks // 2)]
+        long_mask, short_mask = block_masks(ids, window_blocks, self.config.doc_token)
         if not ids.is_cuda:
-            masks = [dense_mask(mask) for mask in masks]
-        long_mask, short_mask = masks
-        x = x00 = norm(F.embedding(ids, self.embed1))
-        x01 = norm(F.embedding(ids, self.embed2))
-        value_embeds = [F.embedding(ids, table) for table in self.value_embeds]
+            long_mask, short_mask = dense_mask(long_mask), dense_mask(short_mask)
+        embed1, embed2, *value_embeds = Embed.apply(self.embeds, ids)
+        x = x00 = norm(embed1)
+        x01 = norm(embed2)
         outputs: list[Tensor] = []
         for i, (layer, block) in enumerate(zip(self.config.layers, self.blocks)):
             if layer.skip_from is not None:
@@ -543,18 +792,14 @@ class GPT(nn.Module):
         x = self.backout_lambdas[0] * norm(x) + self.backout_lambdas[1] * norm(outputs[self.config.backout_from])
         return smear(x, self.smear_lambda) if self.config.smear_mtp else x
 
-    def logits(self, latents: Tensor) -> Tensor:
-        """[T, C] -> softcapped [T, V] in fp32."""
-        z = F.linear(latents, self.lm_head.to(latents.dtype)).float()
-        softcap = self.config.logit_softcap
-        return softcap * z * torch.rsqrt(z.square() + softcap ** 2)
-
     def forward(self, ids: Tensor, targets: Tensor, window_blocks: Tensor) -> Tensor:
         """Mean cross-entropy in nats (fp32). ids: [T] integer, targets: [T] int64, window_blocks: zero-dim integer."""
-        latents = self.latents(ids, window_blocks)
-        chunks = 1 if self.training else self.config.val_loss_chunks
-        losses = [F.cross_entropy(self.logits(y), t) for y, t in zip(latents.chunk(chunks), targets.chunk(chunks))]
-        return torch.stack(losses).mean()
+        latents, head = self.latents(ids, window_blocks), self.lm_head.to(self.config.dtype)
+        softcap, chunks = self.config.logit_softcap, self.config.val_loss_chunks
+        if torch.is_grad_enabled():
+            return HeadLoss.apply(latents, head, targets, softcap)
+        return torch.cat([cross_entropy(y @ head.mT, t, softcap, False)
+                          for y, t in zip(latents.chunk(chunks), targets.chunk(chunks))]).mean()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -797,11 +1042,9 @@ def evaluate(model: GPT, shard: Shard, step: int, world: World) -> float:
     tokens = torch.from_numpy(shard.read(config.val_tokens + 1, config.vocab_size).astype(np.int32))
     inputs, targets = split_slices(tokens, config.val_seq_len)
     window_blocks = as_window(num_window_blocks(step, config), world.device)
-    model.eval()
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for i in range(world.rank, len(inputs), world.size):
         total += model(inputs[i].to(world.device), targets[i].to(world.device), window_blocks)
-    model.train()
     if world.size > 1:
         dist.all_reduce(total)
     val_loss = total.item() / len(inputs)
@@ -826,11 +1069,9 @@ def warm_up(model: GPT, optimizer: Optimizer, world: World) -> None:
     for i in range(config.warmup_steps):
         step = i * config.num_iterations // config.warmup_steps
         train_step(model, optimizer, *random_slices(config.num_slices // world.size, config.seq_len), step)
-    model.eval()
     with torch.no_grad():
         ids, targets = random_slices(1, config.val_seq_len)
         model(ids[0], targets[0], as_window(1, world.device))
-    model.train()
     model.load_state_dict(before[0])
     optimizer.load_state_dict(before[1])
 

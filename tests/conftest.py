@@ -6,4 +6,8 @@ from pathlib import Path
 # Before torch is imported: threads that spin while they wait make a busy 2-core machine ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# Before triton is imported: without a GPU, its interpreter runs the kernels.
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ["TRITON_INTERPRET"] = "1"
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import train_gpt_medium as tgm
+from plain_twin import twin_of
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -32,7 +33,7 @@ def small_config(**changes) -> tgm.Config:
 
 def golden_weights(model: tgm.GPT, seed: int) -> None:
     """The weights of SPEC section 8: role k is randn(seed + k) times its standard deviation, then the offsets."""
-    params = dict(model.named_parameters())
+    params = twin_of(dict(model.named_parameters()))
     layers = range(len(model.config.layers))
     std_matrix = model.config.model_dim ** -0.5
     scalars = ("skip_weights", "block_lambdas", "attn_lambdas", "smear_lambda", "backout_lambdas")
@@ -49,6 +50,46 @@ def golden_weights(model: tgm.GPT, seed: int) -> None:
         model.attn_lambdas += 0.5
         model.block_lambdas[:, 0] += 1
         model.backout_lambdas[0] += 1
+
+
+def relative(ours: torch.Tensor, answer) -> float:
+    """Error relative to the answer's norm, so that small vectors are judged as a whole."""
+    answer = torch.as_tensor(answer, dtype=torch.float64)
+    return ((ours.double() - answer).norm() / answer.norm()).item()
+
+
+def assert_known_answer(case: dict, answer: dict) -> None:
+    """A case of golden/model*.json at one of its windows: losses, all gradient norms, attended pairs."""
+    T, window_blocks = case["seq_len"], answer["window_blocks"]
+    config = tgm.Config(seq_len=T, val_seq_len=T, val_tokens=T, dtype=torch.float32, **{
+        name: case[name] for name in ("vocab_size", "doc_token", "num_heads", "head_dim")})
+    model = tgm.GPT(config)
+    golden_weights(model, case["seed"])
+    ids = torch.randint(0, case["doc_token"], (T + 1,), generator=torch.Generator().manual_seed(case["seed"] + 10000))
+    ids[case["doc_starts"]] = case["doc_token"]
+    inputs, targets, window = ids[:-1], ids[1:], tgm.as_window(window_blocks, CPU)
+    loss = model(inputs, targets, window)
+    loss.backward()
+    with torch.no_grad():
+        eval_loss = model(inputs, targets, window)
+
+    # fp32 rounding, as SPEC section 8 states it for a straightforward implementation.
+    assert relative(loss.detach(), answer["train_loss"]) < 5e-7
+    assert relative(eval_loss, answer["eval_loss"]) < 5e-7
+    grads = twin_of({name: p.grad for name, p in model.named_parameters()})
+    for role, grad_norm in answer["grad_norm"].items():
+        kind, *number = role.split(".")
+        name = role if role in grads else f"blocks.{number[0]}.{kind}"
+        assert relative(grads.pop(name).double().norm(), grad_norm) < 1e-6, role
+    assert not grads
+    for name, ours in (("smear_lambda_grad", model.smear_lambda.grad),
+                       ("backout_lambdas_grad", model.backout_lambdas.grad),
+                       ("block_lambdas_grad_layer9", model.block_lambdas.grad[9])):
+        assert relative(ours, answer[name]) < 2e-6, name
+    for name, mask in zip(("long", "short"), tgm.block_masks(inputs, window, case["doc_token"])):
+        attended = tgm.dense_mask(mask).sum(1)
+        assert attended.sum() == answer[f"{name}_attended_pairs"]["total"]
+        assert (attended * (torch.arange(T) % 997)).sum() == answer[f"{name}_attended_pairs"]["weighted"]
 
 
 def randomise(model: tgm.GPT, seed: int = 0) -> None:

@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 
+import plain_twin
 import train_gpt_medium as tgm
 from helpers import CPU, random_ids, randomise, small_config
 
@@ -42,9 +43,34 @@ LAYOUTS = {"one document": [0], "no mark": [], "borders on blocks": [0, 128, 512
 def test_mask_is_the_definition(layout, w):
     ids = torch.zeros(640, dtype=torch.int32)
     ids[LAYOUTS[layout]] = 7
-    ours = tgm.dense_mask(tgm.window_block_mask(ids, tgm.as_window(w, CPU), 7))
-    assert torch.equal(ours, mask_by_definition(ids.tolist(), 7, w))
-    assert ours.diagonal().all()  # no query without a key
+    for mask, window in zip(tgm.block_masks(ids, tgm.as_window(w, CPU), 7), (w, w // 2)):
+        ours = tgm.dense_mask(mask)
+        assert torch.equal(ours, mask_by_definition(ids.tolist(), 7, window))
+        assert ours.diagonal().all()  # no query without a key: ROWS_GUARANTEED_SAFE
+
+
+BLOCK_LISTS = [(f"{kind}_num_blocks", f"{kind}_indices") for kind in ("kv", "full_kv", "q", "full_q")]
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 5, 12])
+@pytest.mark.parametrize("seed", range(8))
+def test_block_lists_are_the_sorted_ones(seed, num_blocks):
+    """All eight tensors that FlexAttention reads, against the twin, which sorts; entries past a number are free."""
+    T, generator = 128 * num_blocks, torch.Generator().manual_seed(seed)
+    ids = torch.zeros(T, dtype=torch.int32)
+    borders = 128 * torch.randint(0, num_blocks, (4,), generator=generator)
+    starts = [torch.rand(T, generator=generator) < 1 / 150, borders,
+              (borders + torch.randint(-1, 2, (4,), generator=generator)).clamp(0, T - 1), []][seed % 4]
+    ids[starts] = 7
+    for w in range(num_blocks + 3):
+        for mask, window in zip(tgm.block_masks(ids, tgm.as_window(w, CPU), 7), (w, w // 2)):
+            twin = plain_twin.window_block_mask(ids, tgm.as_window(window, CPU), 7)
+            for number, index in BLOCK_LISTS:
+                count = getattr(mask, number)
+                assert torch.equal(count, getattr(twin, number)) and count.dtype == torch.int32
+                listed = torch.arange(num_blocks) < count[..., None]
+                assert torch.equal(getattr(mask, index)[listed], getattr(twin, index)[listed]), (w, index)
+                assert ((0 <= getattr(mask, index)) & (getattr(mask, index) < num_blocks)).all()
 
 
 def test_long_and_short_layers_use_their_windows(monkeypatch):
@@ -56,8 +82,9 @@ def test_long_and_short_layers_use_their_windows(monkeypatch):
     long_mask, short_mask = (mask_by_definition(ids.tolist(), 256, w) for w in (5, 2))
     layers = [layer for layer in config.layers if layer.attention]
     assert len(seen) == len(layers) == 15
-    for (mask, scale), layer in zip(seen, layers):
+    for (mask, scale, kernel_options), layer in zip(seen, layers):
         assert torch.equal(mask, long_mask if layer.long_window else short_mask) and scale == 0.12
+        assert kernel_options is (tgm.LONG_WINDOW_KERNEL if layer.long_window else tgm.SHORT_WINDOW_KERNEL)
 
 
 @needs_compiler
@@ -66,7 +93,7 @@ def test_compiled_flex_attention_equals_the_dense_path():
 
     @torch.compile(fullgraph=True, dynamic=False)
     def flex(q, k, v, ids, w):
-        return tgm.attend(q, k, v, tgm.window_block_mask(ids, w, doc_token), 0.12)
+        return [tgm.attend(q, k, v, mask, 0.12, tgm.LONG_WINDOW_KERNEL) for mask in tgm.block_masks(ids, w, doc_token)]
 
     generator = torch.Generator().manual_seed(3)
     q, k, v = torch.randn(3, 1, T, H, D, generator=generator).unbind(0)
@@ -75,9 +102,10 @@ def test_compiled_flex_attention_equals_the_dense_path():
     with torch.no_grad():
         for case in range(30):
             ids = random_ids(T, small_config(), seed=case, mean_doc=(20, 200, 2000)[case % 3])
-            for w in (tgm.as_window(case % 10, CPU), tgm.as_window(case % 10, CPU) // 2):  # 0 and 1 // 2 among them
-                dense = tgm.attend(q, k, v, tgm.dense_mask(tgm.window_block_mask(ids, w, doc_token)), 0.12)
-                torch.testing.assert_close(flex(q, k, v, ids, w), dense, rtol=0, atol=tolerance)
+            w = tgm.as_window(case % 10, CPU)  # 0 and 1 // 2 among them
+            for ours, mask in zip(flex(q, k, v, ids, w), tgm.block_masks(ids, w, doc_token)):
+                dense = tgm.attend(q, k, v, tgm.dense_mask(mask), 0.12, {})
+                torch.testing.assert_close(ours, dense, rtol=0, atol=tolerance)
 
 
 @needs_compiler

@@ -50,8 +50,7 @@ def test_parameters_of_the_record():
     with torch.device("meta"):
         model = tgm.GPT(RECORD)
     V, C, bf16, fp32 = 50257, 1024, torch.bfloat16, torch.float32
-    expected = {"embed1": ((V, C), bf16), "embed2": ((V, C), bf16),
-                **{f"value_embeds.{i}": ((V, C), bf16) for i in range(5)},
+    expected = {"embeds": ((7, V, C), bf16),
                 **{f"blocks.{i}.qkvo": ((4, C, C), bf16) for i in range(16) if i != 7},
                 **{f"blocks.{i}.mlp_fc": ((4 * C, C), bf16) for i in range(16)},
                 **{f"blocks.{i}.mlp_proj": ((C, 4 * C), bf16) for i in range(16)},

@@ -21,7 +21,7 @@ def test_flex_attention_forward_and_backward_equal_the_dense_path():
 
     @torch.compile(fullgraph=True, dynamic=False)
     def flex(q, k, v, ids, w):
-        return tgm.attend(q, k, v, tgm.window_block_mask(ids, w, 256), 0.12)
+        return tgm.attend(q, k, v, tgm.block_masks(ids, w, 256)[0], 0.12, tgm.LONG_WINDOW_KERNEL)
 
     generator = torch.Generator("cuda").manual_seed(0)
     for case in range(12):
@@ -32,7 +32,7 @@ def test_flex_attention_forward_and_backward_equal_the_dense_path():
         for dtype, attention in ((torch.bfloat16, flex), (torch.float32, None)):
             inputs = [x.to(dtype).detach().requires_grad_() for x in (q, k, v)]
             y = attention(*inputs, ids, w) if attention else tgm.attend(
-                *inputs, tgm.dense_mask(tgm.window_block_mask(ids, w, 256)), 0.12)
+                *inputs, tgm.dense_mask(tgm.block_masks(ids, w, 256)[0]), 0.12, {})
             y.backward(dy.to(dtype))
             results.append([y.detach(), *(x.grad for x in inputs)])
         for name, ours, reference in zip(("y", "dq", "dk", "dv"), *results):
@@ -59,9 +59,10 @@ def test_compiled_model_equals_the_dense_path():
 
 def test_block_lists_on_the_gpu_are_the_cpus():
     ids = random_ids(65536, small_config(), mean_doc=700)
-    on_cpu, on_gpu = (tgm.window_block_mask(x, tgm.as_window(5, x.device), 256) for x in (ids, ids.cuda()))
-    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
-        assert torch.equal(getattr(on_cpu, name), getattr(on_gpu, name).cpu()), name
+    on_cpu, on_gpu = (tgm.block_masks(x, tgm.as_window(5, x.device), 256) for x in (ids, ids.cuda()))
+    for cpu_mask, gpu_mask in zip(on_cpu, on_gpu):
+        for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_indices"):
+            assert torch.equal(getattr(cpu_mask, name), getattr(gpu_mask, name).cpu()), name
 
 
 @pytest.mark.parametrize("shape", [(4, 256, 256), (1024, 256), (256, 1024)])

@@ -17,8 +17,8 @@ def test_import_has_no_side_effect(tmp_path):
 
 def test_model_and_schedules_know_no_device_and_no_ranks():
     tree = ast.parse((ROOT / "train_gpt_medium.py").read_text())
-    parts = {"norm", "window_block_mask", "dense_mask", "attend", "Rotary", "Block", "smear", "GPT", "newton_schulz",
-             "muon_update", "lr_factor", "muon_momentum", "num_window_blocks"}
+    parts = {"norm", "block_lists", "block_masks", "dense_mask", "attend", "Rotary", "Block", "smear", "GPT",
+             "newton_schulz", "muon_update", "lr_factor", "muon_momentum", "num_window_blocks"}
     seen = [node for node in tree.body if getattr(node, "name", None) in parts]
     assert {node.name for node in seen} == parts
     for node in seen:
@@ -34,4 +34,4 @@ def test_source_is_one_flat_file_of_bounded_size():
             assert node.end_lineno - node.lineno < 60, f"{node.name} is too long to read at once"
     imported = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in imported} - sys.stdlib_module_names == {"torch", "numpy", "tqdm"}
+    assert {name.split(".")[0] for name in imported} - sys.stdlib_module_names == {"torch", "triton", "numpy", "tqdm"}

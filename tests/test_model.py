@@ -1,52 +1,19 @@
 """The model against the record's known answers, and the properties that make Smear-MTP honest."""
 import pytest
 import torch
+import torch.nn.functional as F
 
+import plain_twin
 import train_gpt_medium as tgm
-from helpers import CPU, golden, golden_weights, random_ids, randomise, small_config
+from helpers import CPU, assert_known_answer, golden, random_ids, randomise, small_config
 
 CASES = [(case["config"], answer) for name in ("model.json", "model_full_vocabulary.json") for case in golden(name)
          for answer in case["cases"]]
 
 
-def relative(ours: torch.Tensor, answer) -> float:
-    """Error relative to the answer's norm, so that small vectors are judged as a whole."""
-    answer = torch.as_tensor(answer, dtype=torch.float64)
-    return ((ours.double() - answer).norm() / answer.norm()).item()
-
-
 @pytest.mark.parametrize("case, answer", CASES, ids=[f"{c['name']}-{a['window_blocks']}" for c, a in CASES])
 def test_known_answers(case, answer):
-    T, window_blocks = case["seq_len"], answer["window_blocks"]
-    config = tgm.Config(seq_len=T, val_seq_len=T, val_tokens=T, dtype=torch.float32, **{
-        name: case[name] for name in ("vocab_size", "doc_token", "num_heads", "head_dim")})
-    model = tgm.GPT(config)
-    golden_weights(model, case["seed"])
-    ids = torch.randint(0, case["doc_token"], (T + 1,), generator=torch.Generator().manual_seed(case["seed"] + 10000))
-    ids[case["doc_starts"]] = case["doc_token"]
-    inputs, targets, window = ids[:-1], ids[1:], tgm.as_window(window_blocks, CPU)
-    loss = model(inputs, targets, window)
-    loss.backward()
-    with torch.no_grad():
-        eval_loss = model.eval()(inputs, targets, window)
-
-    # fp32 rounding, as SPEC section 8 states it for a straightforward implementation.
-    assert relative(loss.detach(), answer["train_loss"]) < 5e-7
-    assert relative(eval_loss, answer["eval_loss"]) < 5e-7
-    grads = {name: p.grad for name, p in model.named_parameters()}
-    for role, grad_norm in answer["grad_norm"].items():
-        kind, *number = role.split(".")
-        name = role if role in grads else f"blocks.{number[0]}.{kind}"
-        assert relative(grads.pop(name).double().norm(), grad_norm) < 1e-6, role
-    assert not grads
-    for name, ours in (("smear_lambda_grad", model.smear_lambda.grad),
-                       ("backout_lambdas_grad", model.backout_lambdas.grad),
-                       ("block_lambdas_grad_layer9", model.block_lambdas.grad[9])):
-        assert relative(ours, answer[name]) < 2e-6, name
-    for name, w in (("long", window), ("short", window // 2)):
-        attended = tgm.dense_mask(tgm.window_block_mask(inputs, w, case["doc_token"])).sum(1)
-        assert attended.sum() == answer[f"{name}_attended_pairs"]["total"]
-        assert (attended * (torch.arange(T) % 997)).sum() == answer[f"{name}_attended_pairs"]["weighted"]
+    assert_known_answer(case, answer)
 
 
 def make_model(**changes) -> tgm.GPT:
@@ -58,7 +25,7 @@ def make_model(**changes) -> tgm.GPT:
 
 def logits_of(model: tgm.GPT, ids: torch.Tensor, w: int = 2) -> torch.Tensor:
     with torch.no_grad():
-        return model.logits(model.latents(ids, tgm.as_window(w, CPU)))
+        return plain_twin.GPT.logits(model, model.latents(ids, tgm.as_window(w, CPU)))
 
 
 def test_smear_looks_back_by_one_and_not_recursively():
@@ -140,9 +107,7 @@ def test_every_parameter_gets_a_gradient_and_a_dtype():
     model = make_model()
     ids = random_ids(257, model.config)
     latents = model.latents(ids[:-1], tgm.as_window(2, CPU))
-    logits = model.logits(latents)
-    assert latents.dtype == torch.bfloat16 and logits.dtype == torch.float32
-    assert logits.shape == (256, 384) and logits.abs().max() < model.config.logit_softcap
+    assert latents.dtype == torch.bfloat16 and latents.shape == (256, 64)
     model(ids[:-1], ids[1:].long(), tgm.as_window(2, CPU)).backward()
     for name, p in model.named_parameters():
         assert p.grad.dtype == p.dtype and p.grad.abs().sum() > 0, name
@@ -155,23 +120,25 @@ def test_initial_loss_is_uniform_over_all_rows_of_the_head():
     assert loss.item() == pytest.approx(torch.tensor(384.0).log().item(), abs=1e-6)
 
 
-def test_rotary_and_logits_round_where_the_record_rounds():
+def test_rotary_and_loss_round_where_the_record_rounds():
     """In bf16: rotary in fp32 and then cast; the head's product in bf16, cast to fp32 before the softcap."""
     model = make_model()
     x = torch.randn(1, 256, 2, 32).bfloat16()
     assert torch.equal(model.rotary(x), model.rotary(x.float()).bfloat16())
     y = torch.randn(256, 64).bfloat16()
-    z = (y @ model.lm_head.bfloat16().T).float()
-    assert torch.equal(model.logits(y), 15 * z * torch.rsqrt(z * z + 225))
+    z, targets = y @ model.lm_head.bfloat16().T, torch.arange(256)
+    expected = F.cross_entropy(15 * z.float() * torch.rsqrt(z.float() ** 2 + 225), targets, reduction="none")
+    torch.testing.assert_close(tgm.cross_entropy(z, targets, 15.0, False), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_validation_in_chunks_is_the_mean_over_all_targets():
+def test_validation_in_chunks_is_the_mean_over_all_targets(monkeypatch):
     model = make_model()
     ids = random_ids(513, model.config)
     arguments = ids[:-1], ids[1:].long(), tgm.as_window(2, CPU)
-    sizes, logits = [], model.logits
-    model.logits = lambda latents: sizes.append(len(latents)) or logits(latents)
+    whole = model(*arguments)
+    sizes, cross_entropy = [], tgm.cross_entropy
+    monkeypatch.setattr(tgm, "cross_entropy", lambda z, *rest: sizes.append(len(z)) or cross_entropy(z, *rest))
     with torch.no_grad():
-        whole, chunked = model(*arguments), model.eval()(*arguments)
-    assert sizes == [512] + [128] * 4
+        chunked = model(*arguments)
+    assert sizes == [128] * 4
     assert chunked.item() == pytest.approx(whole.item(), rel=1e-6)

@@ -82,7 +82,7 @@ def test_warm_up_leaves_no_trace(tiny_run):
 def test_warm_up_also_runs_validation(tiny_run, monkeypatch):
     config, seen, latents = tgm.replace(tiny_run, val_seq_len=256), [], tgm.GPT.latents
     monkeypatch.setattr(tgm.GPT, "latents",
-                        lambda self, ids, w: seen.append((self.training, len(ids))) or latents(self, ids, w))
+                        lambda self, ids, w: seen.append((torch.is_grad_enabled(), len(ids))) or latents(self, ids, w))
     model = tgm.GPT(config)
     tgm.warm_up(model, tgm.Optimizer(model, config, ALONE), ALONE)
     assert seen == [(True, 128)] * 16 + [(False, 256)]
@@ -211,7 +211,7 @@ def test_validation_uses_the_window_after_the_completed_steps(tiny_run, monkeypa
     seen = []
     latents = tgm.GPT.latents
     monkeypatch.setattr(tgm.GPT, "latents",
-                        lambda self, ids, w: seen.append((self.training, int(w))) or latents(self, ids, w))
+                        lambda self, ids, w: seen.append((torch.is_grad_enabled(), int(w))) or latents(self, ids, w))
     tgm.main(config)
     windows = [tgm.num_window_blocks(step, config) for step in range(5)]
     assert len(set(windows)) >= 3

@@ -1,0 +1,89 @@
+"""Bytes that forward and backward of one full slice move, for the plain twin and for the trainer: kernel_bytes.json.
+
+    python records/bench/count_bytes.py TOOL      TOOL is a copy of kernel_bytes.py; about 4 minutes, no GPU
+
+TOOL schedules a model for an H100 with TorchInductor, executes nothing, and writes a JSON of what each kernel reads and
+writes. It needs a CUDA build of torch. Attention is left out on both sides. A hand-written kernel counts its inputs and
+outputs once: TOOL sees what our operations read but, in torch 2.11, not what they write, so that is added here.
+"""
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+T, C, V, V_HEAD, TABLES, LAYERS = 65536, 1024, 50257, 50304, 7, 16  # of the record; bf16 has 2 bytes
+WRITTEN = {  # by all calls of an operation
+    "mlp_up": 2 * LAYERS * T * 4 * C, "mlp_down_grad": 2 * LAYERS * T * 4 * C,
+    "cross_entropy": 2 * T * V_HEAD + 4 * T, "embedding_grad": 2 * TABLES * V * C}
+
+BUILD = '''
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import torch
+import kernel_bytes
+import plain_twin
+import train_gpt_medium as tgm
+
+@torch.library.custom_op("counted::cross_entropy", mutates_args=())
+def functional(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    raise NotImplementedError
+
+@functional.register_fake
+def _(logits, targets):
+    return logits.new_empty(len(logits), dtype=torch.float32), torch.empty_like(logits)
+
+def cross_entropy(logits, targets, softcap, with_grad):
+    """TOOL loses sight of a tensor that an operation overwrites: here the gradient is a result."""
+    losses, grad = functional(logits, targets)
+    logits.copy_(grad)
+    return losses
+
+def build():
+    tgm.cross_entropy = cross_entropy
+    tgm.block_masks, plain_twin.window_block_mask = lambda *_: (None, None), lambda *_: None
+    for module in (tgm, plain_twin):
+        module.dense_mask = lambda mask: mask
+        module.attend = lambda q, k, v, *_: kernel_bytes.attention(q, k, v)
+    model = {side}.GPT(tgm.Config(val_seq_len=65536, val_tokens=65536))
+    return model, (torch.zeros(65536, dtype=torch.int32), torch.zeros(65536, dtype=torch.int64),
+                   torch.tensor(14, dtype=torch.int32))
+'''
+
+
+def count(tool: Path, side: str) -> dict:
+    """GB per phase and kind of kernel, their sum without attention, and what the forward pass keeps."""
+    with tempfile.TemporaryDirectory() as folder:
+        build, out = Path(folder) / "build.py", Path(folder) / "out.json"
+        build.write_text(BUILD.format(root=str(ROOT), side=side))
+        environment = os.environ | {"PYTHONPATH": f"{folder}:{tool.parent}"}
+        subprocess.run([sys.executable, str(tool), str(build), "--json", str(out)], env=environment, check=True,
+                       stdout=subprocess.DEVNULL)
+        counted = json.loads(out.read_text())
+    total = {phase: dict.fromkeys(("fused", "extern", "gemm", "attention"), 0.0) for phase in ("forward", "backward")}
+    for row in counted["rows"]:
+        total["forward" if row["phase"] == "fwd" else "backward"][row["kind"]] += (row["read"] + row["write"]) / 1e9
+    for name, num_bytes in WRITTEN.items():
+        rows = [row for row in counted["rows"] if f".{name}." in row["ops"]]
+        if rows:
+            assert sum(row["write"] for row in rows) == 0, f"{name}: TOOL counts what it writes, WRITTEN adds it again"
+            total["forward" if rows[0]["phase"] == "fwd" else "backward"]["extern"] += num_bytes / 1e9
+    no_attention = sum(gb for phase in total.values() for kind, gb in phase.items() if kind != "attention")
+    rounded = {phase: {kind: round(gb, 2) for kind, gb in kinds.items()} for phase, kinds in total.items()}
+    return rounded | {"all_but_attention": round(no_attention, 1), "saved": round(counted["saved"] / 1e9, 1)}
+
+
+if __name__ == "__main__":
+    import torch
+    tool = Path(sys.argv[1]).resolve()
+    result = {"date": str(datetime.date.today()), "torch": torch.__version__,
+              "unit": "GB of one slice of 65,536 tokens", "twin": count(tool, "plain_twin"), "fast": count(tool, "tgm")}
+    target = Path(__file__).with_name("kernel_bytes.json")
+    target.with_suffix(".tmp").write_text(json.dumps(result, indent=1) + "\n")
+    target.with_suffix(".tmp").rename(target)
+    for name in ("all_but_attention", "saved"):
+        print(f"{name}: {result['fast'][name]} / {result['twin'][name]} GB = "
+              f"{result['fast'][name] / result['twin'][name]:.3f}")
