@@ -8,7 +8,7 @@ usage() {
 usage: ./run.sh [medium|short|tiny]
 
 Sets up Python, looks at the hardware and trains. It says what it will do first, and it is safe to run again.
-  no GPU    makes shards from text that Python carries and trains `tiny`: 2 to 3 minutes on 2 cores
+  no GPU    makes shards from text that Python carries and trains `tiny`: 2 to 8 minutes on 2 cores
   GPUs      fetches the FineWeb shards that are missing and trains `medium` (the record), or the preset named, on the
             largest of 8, 4, 2, 1 of them with torchrun
 
@@ -67,7 +67,7 @@ train_tiny() {
     else
         echo "I will make shards of Python's own documentation in $data and train the preset tiny (16 layers, width 128):"
     fi
-    echo "2 to 3 minutes if this machine has 2 CPU cores and no GPU."
+    echo "2 to 8 minutes if this machine has 2 CPU cores and no GPU."
     "$python" data/preflight.py tiny
     [ -n "$shards" ] || "$python" data/shards.py text "$data"
     output=$(mktemp)

@@ -22,7 +22,7 @@ def environment(**changes) -> dict[str, str]:
     return clean | {"PATH": f"{os.path.dirname(sys.executable)}:{clean['PATH']}", "CUDA_VISIBLE_DEVICES": ""} | changes
 
 
-def run(*command, cwd=ROOT, timeout=120, **changes) -> subprocess.CompletedProcess:
+def run(*command, cwd=ROOT, timeout=600, **changes) -> subprocess.CompletedProcess:
     return subprocess.run([str(part) for part in command], cwd=cwd, env=environment(**changes), text=True,
                           capture_output=True, timeout=timeout)
 
@@ -43,7 +43,7 @@ def test_run_sh_trains_tiny_on_real_text(tmp_path):
     (copy / "data").mkdir()
     for path in (ROOT / "data").glob("*.py"):
         (copy / "data" / path.name).write_bytes(path.read_bytes())
-    done = run("bash", "run.sh", cwd=copy, timeout=900)
+    done = run("bash", "run.sh", cwd=copy, timeout=1800)
     assert done.returncode == 0, done.stderr
     losses = [float(loss) for loss in re.findall(r"^step:\d+/\d+ val_loss:(\S+)", done.stdout, re.M)]
     assert losses[0] == pytest.approx(math.log(384), abs=1e-4)

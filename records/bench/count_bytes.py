@@ -1,10 +1,11 @@
-"""Bytes that forward and backward of one full slice move, for the plain twin and for the trainer: kernel_bytes.json.
+"""Bytes that forward and backward of one full slice move, for the plain twin and for the trainer.
 
     python records/bench/count_bytes.py TOOL      TOOL is a copy of kernel_bytes.py; about 4 minutes, no GPU
 
 TOOL schedules a model for an H100 with TorchInductor, executes nothing, and writes a JSON of what each kernel reads and
 writes. It needs a CUDA build of torch. Attention is left out on both sides. A hand-written kernel counts its inputs and
-outputs once: TOOL sees what our operations read but, in torch 2.11, not what they write, so that is added here.
+outputs once: TOOL sees what our operations read but, in torch 2.11, not what they write. kernel_bytes.json has
+that added; kernel_bytes_twin.txt and kernel_bytes_fast.txt are TOOL's own tables, without it.
 """
 import datetime
 import json
@@ -54,14 +55,22 @@ def build():
 '''
 
 
-def count(tool: Path, side: str) -> dict:
-    """GB per phase and kind of kernel, their sum without attention, and what the forward pass keeps."""
+def replace_file(name: str, text: str) -> None:
+    """Write beside this script, complete or not at all."""
+    target = Path(__file__).with_name(name)
+    target.with_suffix(".tmp").write_text(text)
+    target.with_suffix(".tmp").rename(target)
+
+
+def count(tool: Path, label: str, side: str) -> dict:
+    """GB per phase and kind of kernel, their sum without attention, and what forward keeps. Writes the table."""
     with tempfile.TemporaryDirectory() as folder:
         build, out = Path(folder) / "build.py", Path(folder) / "out.json"
         build.write_text(BUILD.format(root=str(ROOT), side=side))
         environment = os.environ | {"PYTHONPATH": f"{folder}:{tool.parent}"}
-        subprocess.run([sys.executable, str(tool), str(build), "--json", str(out)], env=environment, check=True,
-                       stdout=subprocess.DEVNULL)
+        done = subprocess.run([sys.executable, str(tool), str(build), "--top", "60", "--json", str(out)],
+                              env=environment, check=True, stdout=subprocess.PIPE, text=True)
+        replace_file(f"kernel_bytes_{label}.txt", done.stdout)
         counted = json.loads(out.read_text())
     total = {phase: dict.fromkeys(("fused", "extern", "gemm", "attention"), 0.0) for phase in ("forward", "backward")}
     for row in counted["rows"]:
@@ -80,10 +89,9 @@ if __name__ == "__main__":
     import torch
     tool = Path(sys.argv[1]).resolve()
     result = {"date": str(datetime.date.today()), "torch": torch.__version__,
-              "unit": "GB of one slice of 65,536 tokens", "twin": count(tool, "plain_twin"), "fast": count(tool, "tgm")}
-    target = Path(__file__).with_name("kernel_bytes.json")
-    target.with_suffix(".tmp").write_text(json.dumps(result, indent=1) + "\n")
-    target.with_suffix(".tmp").rename(target)
+              "unit": "GB of one slice of 65,536 tokens", "twin": count(tool, "twin", "plain_twin"),
+              "fast": count(tool, "fast", "tgm")}
+    replace_file("kernel_bytes.json", json.dumps(result, indent=1) + "\n")
     for name in ("all_but_attention", "saved"):
         print(f"{name}: {result['fast'][name]} / {result['twin'][name]} GB = "
               f"{result['fast'][name] / result['twin'][name]:.3f}")
