@@ -11,6 +11,9 @@ import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt_medium as tgm  # noqa: E402
@@ -30,10 +33,8 @@ class CompiledKernel(NamedTuple):
 def recorded_launches() -> list[tuple[str, object, dict, dict]]:
     """(name, kernel, arguments by name, options) of every launch of a training and a validation step at full width.
 
-    The operations run on tensors without storage, and write down what they would launch: so a tile size stands in the
-    trainer alone.
+    The operations write down what they would launch, and launch nothing: so a tile size stands in the trainer alone.
     """
-    import torch
     launches = []
 
     class Recorder:
@@ -47,32 +48,23 @@ def recorded_launches() -> list[tuple[str, object, dict, dict]]:
                 launches.append((self.kernel.__name__, self.kernel, arguments, options))
             return launch
 
-    saved = {name: getattr(tgm, name) for name in dir(tgm) if name.endswith("_kernel")}
-    patched = dict(runs_kernels=lambda x: True, num_multiprocessors=lambda device: 132,
-                   **{name: Recorder(kernel) for name, kernel in saved.items()})
-    originals = {name: getattr(tgm, name) for name in patched}
+    recorders = {name: Recorder(getattr(tgm, name)) for name in dir(tgm) if name.endswith("_kernel")}
     config = tgm.Config()
     C, V, T = config.model_dim, config.vocab_size, 256
     bf16 = torch.bfloat16
     x, post, fc = torch.empty(T, C, dtype=bf16), torch.empty(T, 4 * C, dtype=bf16), torch.empty(4 * C, C, dtype=bf16)
     logits, ids = torch.empty(T, -(-V // 128) * 128, dtype=bf16), torch.zeros(T, dtype=torch.int64)
-    try:
-        for name, replacement in patched.items():
-            setattr(tgm, name, replacement)
+    with mock.patch.multiple(tgm, runs_kernels=lambda x: True, num_multiprocessors=lambda device: 132, **recorders):
         tgm.mlp_up(x, fc)
         tgm.mlp_down_grad(x, fc.mT.contiguous(), post)
         tgm.cross_entropy(logits, ids, config.logit_softcap, True)
         tgm.cross_entropy(logits, ids, config.logit_softcap, False)
         tgm.embedding_grad(x[None], ids.int(), V)
-    finally:
-        for name, original in originals.items():
-            setattr(tgm, name, original)
     return launches
 
 
 def signature_of(value) -> str:
     """Triton's name of an argument's type."""
-    import torch
     types = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32"}
     if isinstance(value, torch.Tensor):
         return f"*{types[value.dtype]}"

@@ -6,14 +6,9 @@ import pytest
 import torch
 
 import train_gpt_medium as tgm
-from helpers import ROOT, random_ids, randomise, small_config, write_text_folder
+from helpers import ROOT, random_ids, randomise, relative, small_config, write_text_folder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
-
-
-def bf16_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    """Relative L2 error; two bf16 computations of the same number differ by some of its units (2^-8)."""
-    return ((ours.float() - reference.float()).norm() / reference.float().norm()).item()
 
 
 def test_flex_attention_forward_and_backward_equal_the_dense_path():
@@ -37,7 +32,7 @@ def test_flex_attention_forward_and_backward_equal_the_dense_path():
             results.append([y.detach(), *(x.grad for x in inputs)])
         for name, ours, reference in zip(("y", "dq", "dk", "dv"), *results):
             # bf16 inputs, probabilities and outputs: three roundings of 2^-9, doubled for the products of gradients.
-            assert bf16_error(ours, reference) < 6 * 2 ** -9, (case, name)
+            assert relative(ours, reference) < 6 * 2 ** -9, (case, name)
 
 
 def test_compiled_model_equals_the_dense_path():
@@ -54,7 +49,7 @@ def test_compiled_model_equals_the_dense_path():
     model(ids[:-1], ids[1:].long(), tgm.as_window(3, ids.device)).backward()
     for (name, p), q in zip(model.named_parameters(), reference.parameters()):
         # Sixteen layers, a few roundings of 2^-9 in each: their sum bounds the error, their root is what to expect.
-        assert bf16_error(p.grad.cpu(), q.grad) < 16 * 3 * 2 ** -9, name
+        assert relative(p.grad.cpu(), q.grad) < 16 * 3 * 2 ** -9, name
 
 
 def test_block_lists_on_the_gpu_are_the_cpus():
@@ -80,7 +75,7 @@ def test_compiled_muon_equals_the_eager_one(shape):
                        for name, value in dict(momentum=momentum, lr=0.03, decay=0.01).items()}
             update(p, torch.randn(shape, generator=generator, device="cuda"), **state, **scalars, smoothing=0.2)
         results.append(p - before)
-    assert bf16_error(*results) < 1e-4  # both run Newton-Schulz in fp32
+    assert relative(*results) < 1e-4  # both run Newton-Schulz in fp32
 
 
 def test_the_script_runs_under_torchrun(tmp_path):
