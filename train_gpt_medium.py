@@ -407,6 +407,48 @@ def _(grads, ids, vocab_size):
     return grads.new_empty(len(grads), vocab_size, grads.size(2))
 
 
+@kernel
+def symmetric_product_kernel(x_desc, x_tiles, out_tiles, num_rows, K, scale, x_scale, ADD_X: tl.constexpr,
+                             BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
+    m, n, matrix = tl.program_id(0) * BLOCK, tl.program_id(1) * BLOCK, tl.program_id(2) * num_rows
+    if n <= m:
+        acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            acc = tl.dot(x_desc.load([matrix + m, k]), x_desc.load([matrix + n, k]).T, acc)
+        acc *= scale
+        if ADD_X:
+            acc += x_scale * x_tiles.load([matrix + m, n]).to(tl.float32)
+        tile = acc.to(out_tiles.dtype)
+        out_tiles.store([matrix + m, n], tile)
+        if n < m:
+            out_tiles.store([matrix + n, m], tile.T)
+
+
+@torch.library.custom_op("smear_mtp::symmetric_product", mutates_args=())
+def symmetric_product(x: Tensor, scale: float, x_scale: float) -> Tensor:
+    """scale x xT: [n, rows, K] -> [n, rows, rows]; of a symmetric x, whose x_scale is not 0, scale x x + x_scale x.
+
+    The kernel computes the tiles on and below the diagonal and mirrors them: 36 of the 64 in 1024 rows.
+    From [@byronxu99, modded-nanogpt].
+    """
+    n, num_rows, K = x.shape
+    BLOCK, BLOCK_K = 128, 64
+    if not runs_kernels(x) or num_rows % BLOCK or K % BLOCK_K:
+        return (scale * x) @ x + x_scale * x if x_scale else (scale * x) @ x.mT
+    assert x.is_contiguous()
+    out, in_blocks = x.new_empty(n, num_rows, num_rows), TensorDescriptor.from_tensor
+    x_flat, out_flat, tiles = x.view(-1, K), out.view(-1, num_rows), num_rows // BLOCK
+    symmetric_product_kernel[(tiles, tiles, n)](
+        in_blocks(x_flat, [BLOCK, BLOCK_K]), in_blocks(x_flat, [BLOCK, BLOCK]), in_blocks(out_flat, [BLOCK, BLOCK]),
+        num_rows, K, scale, x_scale, ADD_X=x_scale != 0, BLOCK=BLOCK, BLOCK_K=BLOCK_K, num_warps=8, num_stages=4)
+    return out
+
+
+@symmetric_product.register_fake
+def _(x, scale, x_scale):
+    return x.new_empty(x.size(0), x.size(1), x.size(1))
+
+
 class Embed(torch.autograd.Function):
     """Rows of n tables [n, V, C] at ids [T]: n tensors [T, C]."""
     @staticmethod
@@ -511,17 +553,16 @@ NEWTON_SCHULZ_COEFFICIENTS = (
 )
 
 
-def newton_schulz(g: Tensor) -> Tensor:
-    """Orthogonalise a batch of matrices [..., rows, cols] approximately, in the dtype of `g` throughout.
+def newton_schulz(x: Tensor) -> Tensor:
+    """Orthogonalise matrices [n, rows, cols], rows <= cols, approximately, in the dtype of `x` throughout.
 
     Singular values end up near 1, not at it. Source: Muon [@kellerjordan, 2024].
     """
-    x = g.mT if g.size(-2) > g.size(-1) else g
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for a, b, c in NEWTON_SCHULZ_COEFFICIENTS:
-        A = x @ x.mT
-        x = a * x + (b * A + (c * A) @ A) @ x
-    return x.mT if g.size(-2) > g.size(-1) else x
+        A = symmetric_product(x, 1.0, 0.0)
+        x = a * x + symmetric_product(A, c, b) @ x
+    return x
 
 
 def join_mantissa(upper: Tensor, mantissa: Tensor) -> Tensor:
@@ -535,161 +576,243 @@ def split_mantissa(w: Tensor) -> tuple[Tensor, Tensor]:
     return (bits >> 16).short().view(torch.bfloat16), bits.short()
 
 
-def muon_update(p: Tensor, grad: Tensor, momentum_buffer: Tensor, smooth: Tensor, mantissa: Tensor, momentum: Tensor,
+def muon_update(params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], momentum: Tensor,
                 lr: Tensor, decay: Tensor, smoothing: float) -> None:
-    """One Muon step, in place, on a matrix or batch of matrices [..., rows, cols].
+    """One Muon step, in place, on batches of matrices [n, rows, cols] that are of one shape but for transposition.
 
-    p, grad, smooth: the model's dtype. momentum_buffer: fp32. mantissa: int16, lower half of a bf16 p; unused if p is
-    fp32. momentum, lr, decay: zero-dim fp64 tensors on the CPU, so that schedules do not recompile.
+    params, grads, smooth: the model's dtype. momentum_buffer: fp32. mantissa: int16, lower half of a bf16 parameter;
+    unused if it is fp32. momentum, lr, decay: zero-dim fp64 tensors on the CPU, so that schedules do not recompile.
+    All matrices go through Newton-Schulz as one batch: two of 1024 x 4096 by themselves leave half of a GPU idle.
     Smoothing (an average of updates) and mantissas are from the medium track [@snimu, modded-nanogpt].
     """
-    fresh = (1 - momentum) * grad.float()
-    momentum_buffer.copy_(momentum * momentum_buffer + fresh)
-    u = newton_schulz((momentum * momentum_buffer + fresh).to(p.dtype))
-    c = torch.tensor(smoothing, dtype=smooth.dtype)
-    smooth.copy_(c * smooth + (1 - c) * u)
-    w = p if p.dtype == torch.float32 else join_mantissa(p, mantissa)
-    w = w * (1 - lr * decay) - lr * max(1, p.size(-2) / p.size(-1)) ** 0.5 * smooth.float()
-    if p.dtype == torch.float32:
-        p.copy_(w)
-    else:
-        upper, lower = split_mantissa(w)
-        p.copy_(upper)
-        mantissa.copy_(lower)
+    directions = []
+    for p, grad, state in zip(params, grads, states):
+        fresh = (1 - momentum) * grad.float()
+        state["momentum_buffer"].copy_(momentum * state["momentum_buffer"] + fresh)
+        u = (momentum * state["momentum_buffer"] + fresh).to(p.dtype)
+        directions.append(u.mT if p.size(-2) > p.size(-1) else u)
+    orthogonal = newton_schulz(torch.cat(directions)).split([len(p) for p in params])
+    for p, u, state in zip(params, orthogonal, states):
+        tall, smooth = p.size(-2) > p.size(-1), state["smooth"]
+        c = torch.tensor(smoothing, dtype=smooth.dtype)
+        smooth.copy_(c * smooth + (1 - c) * (u.mT if tall else u))
+        w = p if p.dtype == torch.float32 else join_mantissa(p, state["mantissa"])
+        w = w * (1 - lr * decay) - lr * max(1, p.size(-2) / p.size(-1)) ** 0.5 * smooth.float()
+        if p.dtype == torch.float32:
+            p.copy_(w)
+        else:
+            upper, lower = split_mantissa(w)
+            p.copy_(upper)
+            state["mantissa"].copy_(lower)
+
+
+def average_parts(parts: Tensor) -> Tensor:
+    """Mean over ranks [world_size, n] -> [n], summed in fp32 and rounded once to the gradients' dtype.
+
+    The sum is pairwise, so that equal gradients average to themselves.
+    """
+    assert len(parts) & (len(parts) - 1) == 0, "pairs need a power of two"
+    sums = parts.float()
+    while len(sums) > 1:
+        sums = sums[0::2] + sums[1::2]
+    return (sums[0] / len(parts)).to(parts.dtype)
+
+
+class Bank:
+    """Parameters that are updated by one rule, end to end in one buffer that divides evenly among the ranks.
+
+    The parameters become views of the buffer. `shard` [n, *unit] is the part that this rank updates and whose optimizer
+    states it alone holds. unit: the shape of what is not divided: (rows, cols) of a matrix, or (128,) where numbers
+    stand for themselves, since torch rounds those that do not fill a CPU's vector otherwise. What is missing to a
+    multiple of world.size units is padded with zeros, which stay zero.
+    """
+    def __init__(self, params: list[nn.Parameter], unit: tuple[int, ...], world: World,
+                 average: Callable[[Tensor], Tensor] = average_parts):
+        self.params, self.world, self.average = params, world, average
+        self.padding = -sum(p.numel() for p in params) % (math.prod(unit) * world.size)
+        self.buffer = self._end_to_end([p.data for p in params])
+        for p, part in zip(params, self.buffer[:len(self.buffer) - self.padding].split([p.numel() for p in params])):
+            p.data = part.view_as(p)
+        self.shard = self.buffer.view(world.size, -1, *unit)[world.rank]
+
+    def _end_to_end(self, tensors: list[Tensor]) -> Tensor:
+        parts = [x.flatten() for x in tensors]
+        if self.padding:
+            parts.append(parts[0].new_zeros(self.padding))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def start_reduce(self) -> None:
+        """Send every rank its part of the gradients, and drop them."""
+        self.received = grads = self._end_to_end([p.grad for p in self.params])
+        for p in self.params:
+            p.grad = None
+        if self.world.size > 1:
+            self.received = torch.empty_like(grads)
+            self.work = dist.all_to_all_single(self.received, grads, async_op=True)
+
+    def finish_reduce(self) -> Tensor:
+        """This rank's part of the gradients, averaged over the ranks, in the shape of `shard`."""
+        self._wait()
+        received, self.received = self.received, None
+        if self.world.size > 1:
+            received = self.average(received.view(self.world.size, -1))
+        return received.view_as(self.shard)
+
+    def start_gather(self) -> None:
+        """Send this rank's updated parameters to all."""
+        if self.world.size > 1:
+            gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13's name, the older one
+            self.work = gather(self.buffer, self.shard.flatten(), async_op=True)
+
+    def finish_gather(self) -> None:
+        self._wait()
+
+    def _wait(self) -> None:
+        if self.world.size > 1:
+            self.work.wait()
+            self.work = None  # it holds what was sent
 
 
 class Muon:
-    """Muon on the blocks' matrices, each updated by one rank and then sent to all.
+    """Muon on this rank's matrices in banks of one shape but for transposition.
 
-    params: (parameter, decay) pairs in the same order on every rank; the i-th belongs to rank i % world.size, which
-    alone holds its state: momentum (fp32), smoothed update (the parameter's dtype), mantissa (int16).
+    States, by bank: momentum (fp32), smoothed update (the parameters' dtype), mantissa (int16).
     """
-    def __init__(self, params: list[tuple[nn.Parameter, float]], smoothing: float, world: World,
-                 update: Callable[..., None] = muon_update):
-        self.params, self.smoothing, self.world, self.update = params, smoothing, world, update
-        self.state = {
-            i: dict(momentum_buffer=torch.zeros_like(p, dtype=torch.float32), smooth=torch.zeros_like(p),
-                    mantissa=torch.zeros_like(p, dtype=torch.int16))
-            for i, (p, _) in enumerate(params) if i % world.size == world.rank
-        }
+    def __init__(self, banks: list[Bank], decay: float, smoothing: float, update: Callable[..., None] = muon_update):
+        self.banks, self.decay, self.smoothing, self.update = banks, decay, smoothing, update
+        self.states = [dict(momentum_buffer=torch.zeros_like(bank.shard, dtype=torch.float32),
+                            smooth=torch.zeros_like(bank.shard),
+                            mantissa=torch.zeros_like(bank.shard, dtype=torch.int16)) for bank in banks]
 
     @torch.no_grad()
-    def step(self, lr: float, momentum: float) -> None:
+    def step(self, grads: list[Tensor], lr: float, momentum: float) -> None:
         as_tensor = partial(torch.tensor, dtype=torch.float64)
-        for i, state in self.state.items():
-            p, decay = self.params[i]
-            self.update(p, p.grad, **state, momentum=as_tensor(momentum), lr=as_tensor(lr), decay=as_tensor(decay),
-                        smoothing=self.smoothing)
-        if self.world.size > 1:
-            for i, (p, _) in enumerate(self.params):
-                dist.broadcast(p.data, src=i % self.world.size)
+        self.update([bank.shard for bank in self.banks], grads, self.states, momentum=as_tensor(momentum),
+                    lr=as_tensor(lr), decay=as_tensor(self.decay), smoothing=self.smoothing)
 
-    def state_dict(self) -> dict[int, dict[str, Tensor]]:
-        return self.state
+    def state_dict(self) -> list[dict[str, Tensor]]:
+        return self.states
 
-    def load_state_dict(self, saved: dict[int, dict[str, Tensor]]) -> None:
-        for i, state in self.state.items():
+    def load_state_dict(self, saved: list[dict[str, Tensor]]) -> None:
+        for state, saved_state in zip(self.states, saved, strict=True):
             for name, tensor in state.items():
-                tensor.copy_(saved[i][name])
+                tensor.copy_(saved_state[name])
 
 
 class Snoo:
     """Step-K Nesterov outer optimizer: SGD at the last outer weights, with the way since then as the gradient.
 
-    Holds a copy of all parameters and their momentum, in the parameters' dtypes, on every rank.
+    Holds a copy of its parameters and their momentum, in the parameters' dtypes.
     Source: [@dominikkallusky, Snoo, arXiv 2510.15830].
     """
-    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float):
-        self.params = params
-        self.outer = [p.detach().clone() for p in params]
+    def __init__(self, params: list[Tensor], lr: float, momentum: float):
+        self.outer = {p: p.detach().clone() for p in params}
         # Fused rounds least; on a CPU torch 2.13's fused SGD leaves bf16 parameters where they were.
-        self.sgd = torch.optim.SGD(self.outer, lr=lr, momentum=momentum, nesterov=True, fused=self.outer[0].is_cuda)
+        self.sgd = torch.optim.SGD(self.outer.values(), lr=lr, momentum=momentum, nesterov=True,
+                                   fused=params[0].is_cuda)
 
     @torch.no_grad()
-    def step(self) -> None:
-        for outer, p in zip(self.outer, self.params):
-            outer.grad = outer - p
+    def step(self, params: list[Tensor]) -> None:
+        """An outer step of these parameters; the others wait for theirs."""
+        for p in params:
+            self.outer[p].grad = self.outer[p] - p
         self.sgd.step()
         self.sgd.zero_grad(set_to_none=True)
-        for outer, p in zip(self.outer, self.params):
-            p.copy_(outer)
+        for p in params:
+            p.copy_(self.outer[p])
 
     def state_dict(self) -> dict:
-        return {"outer": self.outer, "sgd": self.sgd.state_dict()}
+        return {"outer": list(self.outer.values()), "sgd": self.sgd.state_dict()}
 
     @torch.no_grad()
     def load_state_dict(self, saved: dict) -> None:
-        for outer, tensor in zip(self.outer, saved["outer"]):
+        for outer, tensor in zip(self.outer.values(), saved["outer"], strict=True):
             outer.copy_(tensor)
         self.sgd.load_state_dict(saved["sgd"])
 
 
-def average_over_ranks(grad: Tensor, world_size: int) -> None:
-    """Replace `grad` by its mean over ranks, bitwise the same on all: summed in fp32, rounded once to its own dtype.
-
-    Every rank receives one part of the tensor from all, averages it, and sends it to all: the bytes of a ring
-    all-reduce, without its rounding at every hop. The sum is pairwise, so that equal gradients average to themselves.
-    """
-    assert world_size & (world_size - 1) == 0, "pairs need a power of two"
-    flat = F.pad(grad.flatten(), (0, -grad.numel() % world_size))
-    received = torch.empty_like(flat)
-    dist.all_to_all_single(received, flat)
-    parts = received.view(world_size, -1).float()
-    while parts.size(0) > 1:
-        parts = parts[0::2] + parts[1::2]
-    dist.all_gather_into_tensor(flat, (parts[0] / world_size).to(grad.dtype))
-    grad.copy_(flat[:grad.numel()].view_as(grad))
-
-
 class Optimizer:
-    """All parameters' updates, in the order of the record: gradients averaged over ranks, AdamW, Muon, Snoo.
+    """All parameters' updates: gradients averaged over the ranks, AdamW or Muon, Snoo; each rank updates its shards.
 
-    A parameter's role (its name without block and table numbers) selects its learning rate and decay; a role that has
-    none is an error.
+    A step has three phases on every rank. What travels is given for the record on 8 ranks; on one rank nothing does.
+    1. Every bank's gradients are sent to the ranks that own them, all at once, the longest computation's first.
+    2. As they arrive, in the same order, a bank's shard is updated and sent to all. The updates of the matrices run
+       while the gradients of head and tables still travel, those of head and tables while matrices are sent.
+    3. The last parameters to arrive are waited for.
+
+        bank        dtype     numbers   padding   MB to the owners   MB to all
+        mlp_fc      bf16     67108864         0              134.2       134.2
+        mlp_proj    bf16     67108864         0              134.2       134.2
+        qkvo        bf16     62914560   4194304              134.2       134.2
+        lm_head     fp32     51511296         0              206.0       206.0
+        scalars     fp32           99       925                0.0         0.0
+        embeds      bf16    360242176         0              720.5       720.5
+
+    A collective a bank and direction, 12 in all where the record's script issues 56 and more. Gradients are exchanged
+    all-to-all and summed by their owner: the bytes of a reduce-scatter, but one rounding where a ring has seven, and
+    the same bits whatever the library's algorithm. A parameter's role, its name without block numbers, selects its
+    bank; a role that has none is an error.
     """
-    def __init__(self, model: "GPT", config: Config, world: World, muon_update: Callable[..., None] = muon_update):
-        self.config, self.world = config, world
-        scalars = ("skip_weights", "block_lambdas", "attn_lambdas", "smear_lambda", "backout_lambdas")
-        adam_lr = {"lm_head": config.head_lr, "embeds": config.embed_lr, **dict.fromkeys(scalars, config.scalar_lr)}
-        mlp_decay = config.muon_decay * config.mlp_decay_factor
-        muon_decay = {"qkvo": config.muon_decay, "mlp_fc": mlp_decay, "mlp_proj": mlp_decay}
-        by_role: dict[str, list[nn.Parameter]] = {}
+    def __init__(self, model: "GPT", config: Config, world: World, compiled: Callable = lambda function: function):
+        """compiled: applied to the functions of tensors that a GPU should run in few kernels (torch.compile)."""
+        self.config, self.params, C = config, list(model.parameters()), config.model_dim
+        units = {"mlp_fc": (4 * C, C), "mlp_proj": (C, 4 * C), "qkvo": (C, C),  # in the order of sending
+                 "lm_head": (128,), "scalars": (128,), "embeds": (128,)}
+        scalars = {"skip_weights", "block_lambdas", "attn_lambdas", "smear_lambda", "backout_lambdas"}
+        params: dict[str, list[nn.Parameter]] = {name: [] for name in units}
         for name, p in model.named_parameters():  # embeds, blocks.5.mlp_fc
-            role, *rest = name.removeprefix("blocks.").split(".")
-            by_role.setdefault(rest[0] if role.isdigit() else role, []).append(p)
-        if unknown := by_role.keys() - adam_lr.keys() - muon_decay.keys():
-            raise ValueError(f"no optimizer for {sorted(unknown)}")
-        self.params = list(model.parameters())
+            role = name.split(".")[-1] if name.startswith("blocks.") else name
+            if role not in units.keys() | scalars:
+                raise ValueError(f"no optimizer for {name}")
+            params["scalars" if role in scalars else role].append(p)
+        average, update = compiled(average_parts), compiled(muon_update)
+        self.banks = {name: Bank(params[name], unit, world, average) for name, unit in units.items()}
+        mlp_decay, smoothing = config.muon_decay * config.mlp_decay_factor, config.update_smoothing
+        self.muons = [Muon([self.banks["mlp_fc"], self.banks["mlp_proj"]], mlp_decay, smoothing, update),
+                      Muon([self.banks["qkvo"]], config.muon_decay, smoothing, update)]
+        adam_lr = {"lm_head": config.head_lr, "scalars": config.scalar_lr, "embeds": config.embed_lr}
+        self.adam_banks = [self.banks[name] for name in adam_lr]
         # fused: states in the parameter's dtype, arithmetic in fp32, rounded to nearest.
         self.adamw = torch.optim.AdamW(
-            [dict(params=by_role[role], base_lr=lr) for role, lr in adam_lr.items() if role in by_role],
+            [dict(params=[self.banks[name].shard], base_lr=lr) for name, lr in adam_lr.items()],
             betas=config.adam_betas, eps=config.adam_eps, weight_decay=0.0, fused=True)
-        self.muon = Muon([(p, decay) for role, decay in muon_decay.items() for p in by_role[role]],
-                         config.update_smoothing, world, muon_update)
-        self.snoo = Snoo(self.params, config.snoo_lr, config.snoo_momentum)
+        self.snoo = Snoo([bank.shard for bank in self.banks.values()], config.snoo_lr, config.snoo_momentum)
 
     def step(self, step: int) -> None:
         """Update all parameters from their gradients of step number `step` (from 0), and drop the gradients."""
-        if self.world.size > 1:
-            for p in self.params:
-                average_over_ranks(p.grad, self.world.size)
         factor = lr_factor(step, self.config)
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * factor
-        self.adamw.step()
-        self.muon.step(self.config.muon_lr * factor, muon_momentum(step, self.config))
+        for bank in self.banks.values():
+            bank.start_reduce()
+        for muon in self.muons:
+            muon.step([bank.finish_reduce() for bank in muon.banks], self.config.muon_lr * factor,
+                      muon_momentum(step, self.config))
+            self._send_off(muon.banks, step)
+        for bank in self.adam_banks:
+            bank.shard.grad = bank.finish_reduce()
+            self.adamw.step()  # of the one shard that has a gradient
+            bank.shard.grad = None
+            self._send_off([bank], step)
+        for bank in self.banks.values():
+            bank.finish_gather()
+
+    def _send_off(self, banks: list[Bank], step: int) -> None:
+        """The outer step, if this step has one, and the way to all ranks, of shards whose inner step is done."""
         if step % self.config.snoo_every == 0:
-            self.snoo.step()
-        for p in self.params:
-            p.grad = None
+            self.snoo.step([bank.shard for bank in banks])
+        for bank in banks:
+            bank.start_gather()
 
     def state_dict(self) -> dict:
         """This rank's states, not copied."""
-        return {"adamw": self.adamw.state_dict(), "muon": self.muon.state_dict(), "snoo": self.snoo.state_dict()}
+        return {"adamw": self.adamw.state_dict(), "muon": [muon.state_dict() for muon in self.muons],
+                "snoo": self.snoo.state_dict()}
 
     def load_state_dict(self, saved: dict) -> None:
         self.adamw.load_state_dict(saved["adamw"])
-        self.muon.load_state_dict(saved["muon"])
+        for muon, saved_muon in zip(self.muons, saved["muon"], strict=True):
+            muon.load_state_dict(saved_muon)
         self.snoo.load_state_dict(saved["snoo"])
 
 
@@ -1196,15 +1319,14 @@ def main(config: Config) -> float:
         print(f"preset {config.preset}, {world.size} x {device_name(world.device)}, log {log.path}", flush=True)
     with world.device:
         model = GPT(config)
-    update = muon_update
+    compiled = partial(torch.compile, dynamic=False, fullgraph=True) if on_gpu else lambda function: function
     if on_gpu:
         torch._inductor.config.coordinate_descent_tuning = config.coordinate_descent_tuning
         model.compile(dynamic=False, fullgraph=True)
-        update = torch.compile(muon_update, dynamic=False, fullgraph=True)
     if world.size > 1:
         for p in model.parameters():
             dist.broadcast(p.data, src=0)
-    optimizer = Optimizer(model, config, world, update)
+    optimizer = Optimizer(model, config, world, compiled)
     warm_up(model, optimizer, world)
     loader = TrainLoader(train_shards, config, world)
     try:

@@ -233,8 +233,8 @@ def compare_sides(sides: list[Side], ids: Tensor, targets: Tensor, window_blocks
 
 def time_optimizer(model: tgm.GPT, ids: Tensor, targets: Tensor) -> dict[str, float]:
     """Milliseconds of an optimizer step at world size 1; the median is one without Snoo, which seldom has a turn."""
-    update = torch.compile(tgm.muon_update, dynamic=False, fullgraph=True)
-    optimizer = tgm.Optimizer(model, model.config, tgm.World(0, 1, ids.device), update)
+    compiled = partial(torch.compile, dynamic=False, fullgraph=True)
+    optimizer = tgm.Optimizer(model, model.config, tgm.World(0, 1, ids.device), compiled)
     model(ids, targets, tgm.as_window(14, ids.device)).backward()
     grads = [p.grad.clone() for p in model.parameters()]
     recorded = []

@@ -60,6 +60,8 @@ def recorded_launches() -> list[tuple[str, object, dict, dict]]:
         tgm.cross_entropy(logits, ids, config.logit_softcap, True)
         tgm.cross_entropy(logits, ids, config.logit_softcap, False)
         tgm.embedding_grad(x[None], ids.int(), V)
+        for K, x_scale in ((4 * C, 0.0), (C, 1.0)):
+            tgm.symmetric_product(torch.empty(1, C, K, dtype=bf16), 1.0, x_scale)
     return launches
 
 

@@ -1,12 +1,20 @@
-"""Real gloo processes: one optimizer path for 1, 2, 4 and 8 ranks, with equal results."""
+"""Real gloo processes: one optimizer path for 1, 2, 4 and 8 ranks, with equal results, and what it sends and holds."""
+import math
+import re
+import weakref
+
 import pytest
 import torch
-import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import plain_optimizer
 import train_gpt_medium as tgm
-from helpers import random_ids, randomise, run_ranks, small_config, write_shard, write_text_folder
+from helpers import random_ids, randomise, relative, run_ranks, small_config, write_shard, write_text_folder
 
 NUM_STEPS = 3  # outer steps of Snoo after the first and the third
+SIZES = (1, 2, 4, 8)
+BANKS = ("mlp_fc", "mlp_proj", "qkvo", "lm_head", "scalars", "embeds")  # in the order of sending
 
 
 def train_and_report(world: tgm.World, config: tgm.Config) -> dict:
@@ -22,66 +30,202 @@ def train_and_report(world: tgm.World, config: tgm.Config) -> dict:
         seen.append(inputs)
         tgm.train_step(model, optimizer, inputs, targets, step)
     loader.close()
-    return dict(params={name: p.detach() for name, p in model.named_parameters()}, seen=torch.stack(seen),
-                val_loss=tgm.evaluate(model, val_shard, NUM_STEPS, world), muon_states=len(optimizer.muon.state))
+    return dict(params={name: p.detach().clone() for name, p in model.named_parameters()}, seen=torch.stack(seen),
+                val_loss=tgm.evaluate(model, val_shard, NUM_STEPS, world))
 
 
-def results(folder, config) -> dict[int, list[dict]]:
-    return {size: run_ranks(size, train_and_report, config, folder=folder / str(size)) for size in (1, 2, 4, 8)}
+def give_gradients(model: tgm.GPT, world: tgm.World, step: int) -> None:
+    """To every parameter, another one on every rank; sums over 8 ranks are exact in fp32."""
+    generator = torch.Generator().manual_seed(100 * step + world.rank)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator).bfloat16().to(p.dtype)
 
 
-def test_identical_slices_give_bitwise_equal_parameters(tmp_path):
+def advance(make_optimizer, config: tgm.Config, world: tgm.World) -> list[torch.Tensor]:
+    """Parameters after steps with given gradients."""
+    torch.manual_seed(5)
+    model = tgm.GPT(config)
+    randomise(model)
+    optimizer = make_optimizer(model, config, world)
+    for step in range(NUM_STEPS):
+        give_gradients(model, world, step)
+        optimizer.step(step)
+    return [p.detach().clone() for p in model.parameters()]
+
+
+class Watch(TorchDispatchMode):
+    """The collectives that reach the process group, in order, and the memory that tensors made meanwhile take."""
+    def __init__(self, existing: list[torch.Tensor]):
+        super().__init__()
+        self.collectives, self.known, self.live, self.peak = [], set(), 0, 0
+        for x in existing:
+            self._add(x.untyped_storage(), 0)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.namespace == "c10d":
+            tensors = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
+            self.collectives.append((function.overloadpacket.__name__, str(tensors[0].dtype), tensors[0].nbytes))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                self._add(x.untyped_storage(), x.untyped_storage().nbytes())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage, size: int) -> None:
+        key = storage._cdata
+        if key not in self.known:
+            self.known.add(key)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+
+def num_bytes(tree) -> int:
+    return sum(x.nbytes for x in tree_leaves(tree) if isinstance(x, torch.Tensor))
+
+
+def watch_a_step(world: tgm.World, config: tgm.Config) -> dict:
+    """Collectives of three steps, outer ones first and last; memory of the second, when all states are there."""
+    model = tgm.GPT(config)
+    optimizer = tgm.Optimizer(model, config, world)
+    watches = []
+    for step in range(3):
+        give_gradients(model, world, step)
+        states = [x for x in tree_leaves(optimizer.state_dict()) if isinstance(x, torch.Tensor)]
+        watches.append(Watch([*model.parameters(), *(p.grad for p in model.parameters()), *states]))
+        with watches[-1]:
+            optimizer.step(step)
+    return dict(collectives=[watch.collectives for watch in watches], step_bytes=watches[1].peak,
+                state_bytes={name: num_bytes(state) for name, state in optimizer.state_dict().items()},
+                numbers={name: bank.shard.numel() for name, bank in optimizer.banks.items()},
+                padding={name: bank.padding for name, bank in optimizer.banks.items()},
+                padding_is_zero=all(not bank.buffer[len(bank.buffer) - bank.padding:].any()
+                                    for bank in optimizer.banks.values()))
+
+
+def report(world: tgm.World, identical: tgm.Config, distinct: tgm.Config) -> dict:
+    return dict(identical=train_and_report(world, identical), distinct=train_and_report(world, distinct),
+                ours=advance(tgm.Optimizer, distinct, world),
+                frozen=advance(plain_optimizer.Optimizer, distinct, world), watched=watch_a_step(world, identical))
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory) -> dict[int, list[dict]]:
+    """What every rank of every world size reports."""
+    folder = tmp_path_factory.mktemp("ranks")
     config = small_config(seq_len=128, num_iterations=NUM_STEPS, val_seq_len=256, val_tokens=1024)
     # A period of one slice: every slice of every batch is the same, its last target included.
     period = random_ids(128, config, mean_doc=40)
-    write_shard(tmp_path / "text_train_000001.bin", [*period.repeat(NUM_STEPS * 8), period[0]])
-    write_shard(tmp_path / "text_val_000000.bin", random_ids(config.val_tokens + 1, config))
-    reports = results(tmp_path, tgm.replace(config, data_dir=str(tmp_path)))
-    (alone,) = reports[1]
-    for size in (2, 4, 8):
-        for report in reports[size]:
-            for name, p in report["params"].items():
+    write_shard(folder / "identical" / "text_train_000001.bin", [*period.repeat(NUM_STEPS * 8), period[0]])
+    write_shard(folder / "identical" / "text_val_000000.bin", random_ids(config.val_tokens + 1, config))
+    identical = tgm.replace(config, data_dir=str(folder / "identical"))
+    distinct = write_text_folder(folder / "distinct", tgm.replace(config, dtype=torch.float32))
+    return {size: run_ranks(size, report, identical, distinct, folder=folder / str(size)) for size in SIZES}
+
+
+def test_identical_slices_give_bitwise_equal_parameters(reports):
+    alone = reports[1][0]["identical"]
+    for size in SIZES:
+        for rank_report in reports[size]:
+            for name, p in rank_report["identical"]["params"].items():
                 assert torch.equal(p, alone["params"][name]), (size, name)
-            assert report["val_loss"] == pytest.approx(alone["val_loss"], abs=1e-12)
-    # Each matrix's Muon state lives on one rank, as evenly as 47 matrices allow.
-    assert [report["muon_states"] for report in reports[8]] == [6] * 7 + [5]
+            assert rank_report["identical"]["val_loss"] == pytest.approx(alone["val_loss"], abs=1e-12)
 
 
-def test_distinct_slices_give_the_same_update(tmp_path):
-    config = small_config(seq_len=128, num_iterations=NUM_STEPS, val_seq_len=256, val_tokens=1024, dtype=torch.float32)
-    config = write_text_folder(tmp_path, config)
-    reports = results(tmp_path, config)
-    (alone,) = reports[1]
-    batch = alone["seen"]
-    for size in (2, 4, 8):
-        together = torch.cat([report["seen"] for report in reports[size]], dim=1)
-        assert torch.equal(together, batch), "the ranks' slices are not the batch"
-        for report in reports[size]:
-            for name, p in report["params"].items():
-                assert torch.equal(p, reports[size][0]["params"][name]), (size, name)  # ranks never drift apart
-                error = (p - alone["params"][name]).norm() / alone["params"][name].norm()
-                assert error < 1e-5, (size, name)  # the order of fp32 sums
-            assert report["val_loss"] == pytest.approx(alone["val_loss"], abs=1e-5)
+def test_distinct_slices_give_the_same_update(reports):
+    alone = reports[1][0]["distinct"]
+    for size in SIZES:
+        ranks = [rank_report["distinct"] for rank_report in reports[size]]
+        assert torch.equal(torch.cat([rank["seen"] for rank in ranks], dim=1), alone["seen"]), "not the whole batch"
+        for rank in ranks:
+            for name, p in rank["params"].items():
+                assert torch.equal(p, ranks[0]["params"][name]), (size, name)  # ranks never drift apart
+                assert relative(p, alone["params"][name]) < 1e-5, (size, name)  # the order of fp32 sums
+            assert rank["val_loss"] == pytest.approx(alone["val_loss"], abs=1e-5)
 
 
-def average(world: tgm.World) -> list[torch.Tensor]:
-    """Gradients of awkward sizes, averaged; the exact mean is known to the test."""
-    grads = [torch.full(shape, 2.0 ** world.rank).to(dtype) + (world.rank == 3)
-             for shape in ((), (1,), (5,), (16, 3), (257, 8)) for dtype in (torch.float32, torch.bfloat16)]
-    for grad in grads:
-        tgm.average_over_ranks(grad, world.size)
-    noisy = torch.randn(1000, generator=torch.Generator().manual_seed(world.rank)).bfloat16()
-    own = noisy.clone()
-    tgm.average_over_ranks(noisy, world.size)
-    everyone = [torch.empty_like(own) for _ in range(world.size)]
-    dist.all_gather(everyone, own)
-    return [*grads, noisy, torch.stack(everyone).float().mean(0)]
+@pytest.mark.parametrize("size", SIZES)
+def test_the_frozen_optimizer_agrees(reports, size):
+    """The same updates as with everything averaged and updated everywhere: Newton-Schulz in fp32, bound of SPEC 8."""
+    torch.manual_seed(5)
+    model = tgm.GPT(small_config(dtype=torch.float32))
+    randomise(model)
+    for rank_report in reports[size]:
+        for initial, ours, frozen in zip(model.parameters(), rank_report["ours"], rank_report["frozen"], strict=True):
+            assert relative(ours - initial, frozen - initial) < 1e-4
 
 
-def test_average_is_exact_up_to_one_rounding(tmp_path):
-    for report in run_ranks(4, average, folder=tmp_path):
-        *grads, noisy, mean = report
-        for grad in grads:  # (1 + 2 + 4 + 8 + 1) / 4
-            assert (grad == 4).all()
-        # At most half a unit of bf16, but for ties that fp32 sums in another order may break.
-        assert ((noisy.float() - mean).abs() <= mean.abs() * 2 ** -8).all()
+def bank_numbers(model_config: tgm.Config) -> dict[str, tuple[torch.dtype, int, int]]:
+    """By bank: dtype, how many numbers, how many of them are not divided. Counted from the table in SPEC section 3."""
+    C, V, layers = model_config.model_dim, model_config.vocab_size, 16
+    head_rows = -(-V // 128) * 128
+    matrix, mlp = C * C, 4 * C * C
+    return {"mlp_fc": (torch.bfloat16, layers * mlp, mlp), "mlp_proj": (torch.bfloat16, layers * mlp, mlp),
+            "qkvo": (torch.bfloat16, 15 * 4 * matrix, matrix), "lm_head": (torch.float32, head_rows * C, 128),
+            "scalars": (torch.float32, 16 + 16 * 3 + 16 * 2 + 1 + 2, 128),
+            "embeds": (torch.bfloat16, 7 * V * C, 128)}
+
+
+def padded(numbers: int, unit: int, size: int) -> int:
+    return math.ceil(numbers / (unit * size)) * unit * size
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_step_sends_what_the_plan_says(reports, size):
+    """Recorded at the process group: count, order, bytes; nothing on one rank; no more in a step with an outer one."""
+    plan = []
+    for operation in ("alltoall_base_", "_allgather_base_") if size > 1 else ():
+        for name, (dtype, numbers, unit) in bank_numbers(small_config()).items():
+            plan.append((operation, str(dtype), padded(numbers, unit, size) * dtype.itemsize))
+    for rank_report in reports[size]:
+        for collectives in rank_report["watched"]["collectives"]:
+            assert collectives == plan
+
+
+def test_the_plan_in_the_docstring_is_that_of_the_record():
+    """Its table, row by row, for the record on 8 ranks; the count of collectives."""
+    rows = re.findall(r"^ +(\w+) +(bf16|fp32) +(\d+) +(\d+) +([\d.]+) +([\d.]+)$", tgm.Optimizer.__doc__, re.M)
+    expected = []
+    for name, (dtype, numbers, unit) in bank_numbers(tgm.Config()).items():
+        sent = padded(numbers, unit, 8)
+        megabytes = f"{sent * dtype.itemsize / 1e6:.1f}"
+        expected.append((name, {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype], str(numbers),
+                         str(sent - numbers), megabytes, megabytes))
+    assert rows == expected and [row[0] for row in rows] == list(BANKS)
+    assert f"{2 * len(BANKS)} in all" in tgm.Optimizer.__doc__
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_rank_holds_the_states_of_its_shards_alone(reports, size):
+    for rank_report in reports[size]:
+        watched = rank_report["watched"]
+        shards = {name: (padded(numbers, unit, size) // size, dtype.itemsize)
+                  for name, (dtype, numbers, unit) in bank_numbers(small_config()).items()}
+        assert watched["numbers"] == {name: numbers for name, (numbers, _) in shards.items()}
+        muon = sum(shards[name][0] for name in ("mlp_fc", "mlp_proj", "qkvo")) * (4 + 2 + 2)
+        adam = sum(numbers * 2 * itemsize for name, (numbers, itemsize) in shards.items() if name not in (
+            "mlp_fc", "mlp_proj", "qkvo"))
+        snoo = sum(numbers * 2 * itemsize for numbers, itemsize in shards.values())
+        counters = 3 * 4  # AdamW's step of each shard
+        assert watched["state_bytes"] == {"muon": muon, "adamw": adam + counters, "snoo": snoo}
+        assert watched["padding_is_zero"]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_step_takes_no_more_memory_than_it_must(reports, size):
+    """Besides parameters, the gradients it is given, and states."""
+    banks = {name: (padded(numbers, unit, size), dtype.itemsize)
+             for name, (dtype, numbers, unit) in bank_numbers(small_config()).items()}
+    packed = sum(numbers * itemsize for numbers, itemsize in banks.values())
+    received = packed if size > 1 else 0
+    # Eager code averages one bank with 6 bytes a number: its fp32 copy and the sums of pairs. It updates this rank's
+    # MLP matrices with 16.5: directions by bank and as a batch, 4; X, two products and their sum, 8; A and four
+    # products, a quarter of X each, 2.5; the fp32 gradient of one of the two banks, 2.
+    average = 6 * max(numbers for numbers, _ in banks.values()) if size > 1 else 0
+    update = 16.5 * (banks["mlp_fc"][0] + banks["mlp_proj"][0]) / size
+    for rank_report in reports[size]:
+        assert 0 < rank_report["watched"]["step_bytes"] <= packed + received + max(average, update)

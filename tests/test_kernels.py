@@ -142,6 +142,36 @@ def test_embedding_gradients_equal_plain_torch(kernels, dtype, C):
     assert_within(ours, exact, T * UNIT * magnitude)
 
 
+# One tile; tiles above, on and below the diagonal, of several matrices and several steps along K.
+@pytest.mark.parametrize("n, rows, K", [(1, 128, 64), (3, 256, 320), (2, 384, 128)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_symmetric_products_equal_plain_torch(kernels, dtype, n, rows, K):
+    x = randn(n, rows, K, seed=1, dtype=dtype, scale=K ** -0.5)
+    A = tgm.symmetric_product(x, 1.0, 0.0)
+    exact = x.double() @ x.double().mT
+    error = (K + 1) * UNIT * (x.double().abs() @ x.double().abs().mT)
+    tile = torch.arange(rows, device=DEVICE) // 128
+    mirrored = tile[:, None] != tile  # tiles on the diagonal are computed in full
+    assert A.dtype == dtype and torch.equal(A[:, mirrored], A.mT[:, mirrored])
+    assert_within(A, exact, error)
+    B = tgm.symmetric_product(A, 1.2, -3.1)
+    exact = 1.2 * A.double() @ A.double().mT - 3.1 * A.double()
+    magnitude = 1.2 * A.double().abs() @ A.double().abs() + 3.1 * A.double().abs()
+    assert_within(B, exact, (rows + 4) * UNIT * magnitude)
+    assert torch.equal(B[:, mirrored], B.mT[:, mirrored])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_newton_schulz_through_the_kernel_equals_the_plain_one(kernels, monkeypatch, dtype):
+    x = randn(2, 128, 192, seed=1, dtype=dtype)
+    ours = tgm.newton_schulz(x)
+    monkeypatch.setattr(tgm, "runs_kernels", lambda x: False)
+    plain = tgm.newton_schulz(x.float())
+    # fp32: bound of SPEC 8 for another order of sums. Shorter: a few roundings in each of five steps, whose slopes at
+    # singular value 1, where nearly all end up, are at most 1; twice what one step's six roundings give.
+    assert relative(ours, plain) < (1e-4 if dtype == torch.float32 else 12 * torch.finfo(dtype).eps)
+
+
 # One window of each configuration by default, 30 s each; the others with `pytest -m slow`.
 CASES = [pytest.param(case["config"], answer, id=f"{case['config']['name']}-{answer['window_blocks']}",
                       marks=[] if answer is case["cases"][1] else [pytest.mark.slow])

@@ -65,8 +65,8 @@ def test_sixty_steps_reproduce_the_record(tmp_path, monkeypatch):
     optimizer = tgm.Optimizer(model, config, ALONE)
     # The answers were computed with fused SGD in Snoo, which on a CPU leaves bf16 parameters at the last outer weights.
     # The trainer avoids that kernel on a CPU (test_optimizers.py checks its Snoo in bf16); to compare, it is put back.
-    optimizer.snoo.sgd = torch.optim.SGD(optimizer.snoo.outer, lr=config.snoo_lr, momentum=config.snoo_momentum,
-                                         nesterov=True, fused=True)
+    optimizer.snoo.sgd = torch.optim.SGD(optimizer.snoo.outer.values(), lr=config.snoo_lr,
+                                         momentum=config.snoo_momentum, nesterov=True, fused=True)
     tgm.train(model, optimizer, loader, val_shard, ALONE, log)
 
     vals = [[float(x) for x in re.findall(r"[a-z_01]+:(-?[\d.]+)", line)] for line in log if "val_loss" in line]
