@@ -5,6 +5,7 @@
     python tests/bench.py --sides ours,no-smear --profile /tmp/smear    # and a profile of each side
     python tests/bench.py --diff /tmp/smear.no-smear.json /tmp/smear.ours.json    # kernels gained and lost; no GPU
     python tests/bench.py --kernels                    # each hand-written kernel against a library's or plain version
+    python tests/bench.py --optimizer                  # a rank's optimizer step against the frozen one, alone and of 8
     python tests/bench.py --sweep-attention            # FlexAttention's block sizes, warps and stages
 
 Without a GPU the first command counts instead of timing: FLOPs, saved activations, registers, bytes per kernel.
@@ -38,6 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import helpers  # noqa: E402
+import plain_optimizer  # noqa: E402
 import plain_twin  # noqa: E402
 import train_gpt_medium as tgm  # noqa: E402
 
@@ -231,24 +233,58 @@ def compare_sides(sides: list[Side], ids: Tensor, targets: Tensor, window_blocks
             "gpu_after": after}
 
 
-def time_optimizer(model: tgm.GPT, ids: Tensor, targets: Tensor) -> dict[str, float]:
-    """Milliseconds of an optimizer step at world size 1; the median is one without Snoo, which seldom has a turn."""
-    compiled = partial(torch.compile, dynamic=False, fullgraph=True)
-    optimizer = tgm.Optimizer(model, model.config, tgm.World(0, 1, ids.device), compiled)
-    model(ids, targets, tgm.as_window(14, ids.device)).backward()
-    grads = [p.grad.clone() for p in model.parameters()]
-    recorded = []
-    for number in range(WARM_STEPS + ROUNDS * BLOCK_STEPS):
-        for p, grad in zip(model.parameters(), grads):
-            p.grad = grad.clone()
-        recorded.append(record(partial(optimizer.step, number)))
-    torch.cuda.synchronize()
-    return spread(np.array([start.elapsed_time(end) for start, end in recorded[WARM_STEPS:]]))
+def emulated_world(size: int, device: torch.device) -> tgm.World:
+    """Rank 0 of `size`, of which the others do not exist: torch's fake process group moves nothing and never waits."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    torch.distributed.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+    return tgm.World(0, size, device)
+
+
+def optimizer_call(optimizer, grads: list[Tensor], step: int) -> list[torch.cuda.Event]:
+    for p, grad in zip(optimizer.params, grads):
+        p.grad = grad.clone()
+    return record(partial(optimizer.step, step))
+
+
+def time_optimizers(config: tgm.Config, device: torch.device) -> dict:
+    """An inner step of the trainer's optimizer and of the frozen one, on one rank alone and on one of eight.
+
+    The eight are emulated: everything a rank computes, nothing of what travels. GB: states and what a step adds.
+    """
+    compiled, results = partial(torch.compile, dynamic=False, fullgraph=True), {}
+    print(f"{'ranks':>6} {'optimizer':>9}", *(f"{title:>9}" for title in ("ms", "25 %", "75 %", "states", "peak")))
+    for size in (1, 8):
+        world, calls, gigabytes = emulated_world(size, device), {}, {}
+        for name in ("ours", "frozen"):
+            (side,) = make_sides(("ours",), config, device)
+            before = torch.cuda.memory_allocated()
+            optimizer = (tgm.Optimizer(side.model, config, world, compiled) if name == "ours" else
+                         plain_optimizer.Optimizer(side.model, config, world, compiled(plain_optimizer.muon_update)))
+            grads = [0.01 * torch.randn_like(p) for p in optimizer.params]
+            calls[name] = partial(optimizer_call, optimizer, grads, 1)  # an inner step
+            calls[name]()
+            torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
+            calls[name]()
+            grad_bytes = sum(grad.nbytes for grad in grads)
+            gigabytes[name] = {"states_gb": (held - before - grad_bytes) / 1e9,
+                               "peak_gb": (torch.cuda.max_memory_allocated() - held) / 1e9}
+        warm_up(calls)
+        rows = {name: spread(ms) | gigabytes[name] for name, ms in interleave(calls, ROUNDS, BLOCK_STEPS).items()}
+        for name, row in rows.items():
+            print(f"{size:6d} {name:>9}", *(f"{number:9.2f}" for number in row.values()), flush=True)
+        ratio = rows["ours"]["median"] / rows["frozen"]["median"]
+        print(f"{'':6} ours/frozen {ratio:.4f}", flush=True)
+        results[size] = {"optimizers": rows, "ratio": ratio}
+    torch.distributed.destroy_process_group()
+    return {"ranks": results}
 
 
 def run_comparison(names: list[str], windows: list[int], profile: str | None, config: tgm.Config,
                    device: torch.device) -> dict:
-    """A against B at each window, then the profiles asked for, then the optimizer of the side that has one."""
+    """A against B at each window, then the profiles asked for."""
     ids, targets = one_slice(config, device)
     sides = make_sides(names, config, device)
     for side in sides:
@@ -267,11 +303,7 @@ def run_comparison(names: list[str], windows: list[int], profile: str | None, co
         write_json(f"{profile}.{side.name}.json",
                    environment() | {"side": side.name, "window": windows[0], "kernels": kernels})
         print_profile(f"{side.name}, window {windows[0]}", kernels)
-    trained = next(side for side in sides if side.name != "plain")
-    optimizer_ms = time_optimizer(trained.model, ids, targets)
-    print(f"optimizer of {trained.name}, one process, without Snoo: {optimizer_ms['median']:.2f} ms")
-    return {"config": asdict(config), "windows": results, "weighted_ratio": totals[0] / totals[1],
-            "optimizer_side": trained.name, "optimizer_ms": optimizer_ms}
+    return {"config": asdict(config), "windows": results, "weighted_ratio": totals[0] / totals[1]}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -402,6 +434,14 @@ def kernel_cases(config: tgm.Config, device: torch.device) -> Iterator[tuple[str
     yield "GB/s", 2 * logits.nbytes / 1e9, {
         "cross_entropy": lambda: tgm.cross_entropy(logits, targets, config.logit_softcap, True),
         "compiled plain, both passes": lambda: torch.autograd.grad(loss(leaf, targets, config.logit_softcap), leaf)}
+
+    # A rank's MLP matrices of eight, and a product of theirs, in each of five steps.
+    matrices, squares = randn(4, C, 4 * C), 0.03 * randn(4, C, C)
+    squares = squares @ squares.mT
+    for name, operand, scales in (("symmetric_product", matrices, (1.0, 0.0)),
+                                  ("symmetric_product, plus x", squares, (1.2, -3.1))):
+        yield "TFLOP/s", 2 * operand.numel() * C / 1e12, {
+            name: lambda: tgm.symmetric_product(operand, *scales), "library product": lambda: operand @ operand.mT}
 
     num_tables, vocab_size = 2 + len({layer.value_embed for layer in config.layers} - {None}), config.vocab_size
     grads = randn(num_tables, T, C)
@@ -592,6 +632,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--profile", metavar="FILE_PREFIX", help="profile each side at the first window")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--kernels", action="store_true", help="time the hand-written kernels by themselves")
+    mode.add_argument("--optimizer", action="store_true", help="time the optimizer's step of one rank, alone and of 8")
     mode.add_argument("--sweep-attention", action="store_true", help="time FlexAttention's configurations")
     mode.add_argument("--diff", nargs=2, metavar=("BEFORE", "AFTER"), help="compare two profiles")
     return parser.parse_args(arguments)
@@ -605,13 +646,13 @@ def main(arguments: list[str]) -> None:
         return
     names, windows = choose(options.sides, options.windows)
     if not torch.cuda.is_available():
-        for flag in ("json", "profile", "kernels", "sweep_attention"):
+        for flag in ("json", "profile", "kernels", "optimizer", "sweep_attention"):
             if getattr(options, flag):
                 raise tgm.UserError(f"--{flag.replace('_', '-')} needs a CUDA GPU and none is visible.")
         print_counts(windows, tgm.Config())
         return
-    if options.profile and (options.kernels or options.sweep_attention):
-        raise tgm.UserError("--profile profiles two sides: give it without --kernels and --sweep-attention.")
+    if options.profile and (options.kernels or options.optimizer or options.sweep_attention):
+        raise tgm.UserError("--profile profiles two sides: give it without --kernels, --optimizer, --sweep-attention.")
     for path in filter(None, (options.json, options.profile)):
         if not Path(path).parent.is_dir():  # better now than after the measurement
             raise tgm.UserError(f"{path} cannot be written: its folder does not exist.")
@@ -621,6 +662,8 @@ def main(arguments: list[str]) -> None:
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     if options.kernels:
         results = time_kernels(config, device)
+    elif options.optimizer:
+        results = time_optimizers(config, device)
     elif options.sweep_attention:
         results = sweep_attention(config, device)
     else:
