@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.callback import callback_handler
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from tqdm import tqdm
 
@@ -844,6 +845,7 @@ class Block(nn.Module):
         super().__init__()
         C = config.model_dim
         self.num_heads, self.attention_scale = config.num_heads, config.attention_scale
+        self.has_attention = layer.attention
         self.kernel_options = LONG_WINDOW_KERNEL if layer.long_window else SHORT_WINDOW_KERNEL
         bound = 3 ** 0.5 * config.init_scale * C ** -0.5  # uniform in +-bound
         if layer.attention:
@@ -852,6 +854,14 @@ class Block(nn.Module):
             self.qkvo = nn.Parameter(qkvo.to(config.dtype))
         self.mlp_fc = nn.Parameter(torch.empty(4 * C, C).uniform_(-bound, bound).to(config.dtype))
         self.mlp_proj = nn.Parameter(torch.zeros(C, 4 * C, dtype=config.dtype))
+
+    def forward(self, x: Tensor, x00: Tensor, x01: Tensor, value_embed: Tensor | None, block_lambdas: Tensor,
+                attn_lambdas: Tensor, rotary: Rotary, mask: BlockMask | Tensor) -> Tensor:
+        """x, x00, x01, value_embed: [T, C]; block_lambdas: [3], the shares of x, x00 and x01 -> [T, C]."""
+        x = block_lambdas[0] * x + block_lambdas[1] * x00 + block_lambdas[2] * x01
+        if self.has_attention:
+            x = x + self.attention(x, value_embed, attn_lambdas, rotary, mask)
+        return x + self.mlp(x)
 
     def attention(self, x: Tensor, value_embed: Tensor | None, lambdas: Tensor, rotary: Rotary,
                   mask: BlockMask | Tensor) -> Tensor:
@@ -893,28 +903,32 @@ class GPT(nn.Module):
             self.smear_lambda = nn.Parameter(torch.tensor(0.0))  # zero-dim: a [1] tensor would promote bf16 to fp32
         self.backout_lambdas = nn.Parameter(torch.tensor([1.0, 0.0]))
 
+    def embed(self, ids: Tensor) -> tuple[Tensor, ...]:
+        """ids [T] integer -> x00, x01 and the value embeddings, each [T, C]."""
+        embed1, embed2, *value_embeds = Embed.apply(self.embeds, ids)
+        return norm(embed1), norm(embed2), *value_embeds
+
+    def finish(self, x: Tensor, middle: Tensor) -> Tensor:
+        """Outputs of the last and of the backout layer -> the head's input, each [T, C]."""
+        x = self.backout_lambdas[0] * norm(x) + self.backout_lambdas[1] * norm(middle)
+        return smear(x, self.smear_lambda) if self.config.smear_mtp else x
+
     def latents(self, ids: Tensor, window_blocks: Tensor) -> Tensor:
         """ids [T] integer, window_blocks zero-dim integer -> the head's input [T, C], smeared."""
         long_mask, short_mask = block_masks(ids, window_blocks, self.config.doc_token)
         if not ids.is_cuda:
             long_mask, short_mask = dense_mask(long_mask), dense_mask(short_mask)
-        embed1, embed2, *value_embeds = Embed.apply(self.embeds, ids)
-        x = x00 = norm(embed1)
-        x01 = norm(embed2)
+        x00, x01, *value_embeds = self.embed(ids)
+        x = x00.view_as(x00)  # another object: one tensor passed twice would make the first block a kind of its own
         outputs: list[Tensor] = []
         for i, (layer, block) in enumerate(zip(self.config.layers, self.blocks)):
             if layer.skip_from is not None:
                 x = x + self.skip_weights[layer.skip_from] * outputs[layer.skip_from]
-            x_lambda, x00_lambda, x01_lambda = self.block_lambdas[i]
-            x = x_lambda * x + x00_lambda * x00 + x01_lambda * x01
-            if layer.attention:
-                value_embed = None if layer.value_embed is None else value_embeds[layer.value_embed]
-                x = x + block.attention(x, value_embed, self.attn_lambdas[i], self.rotary,
-                                        long_mask if layer.long_window else short_mask)
-            x = x + block.mlp(x)
+            value_embed = None if layer.value_embed is None else value_embeds[layer.value_embed]
+            x = block(x, x00, x01, value_embed, self.block_lambdas[i], self.attn_lambdas[i], self.rotary,
+                      long_mask if layer.long_window else short_mask)
             outputs.append(x)
-        x = self.backout_lambdas[0] * norm(x) + self.backout_lambdas[1] * norm(outputs[self.config.backout_from])
-        return smear(x, self.smear_lambda) if self.config.smear_mtp else x
+        return self.finish(x, outputs[self.config.backout_from])
 
     def forward(self, ids: Tensor, targets: Tensor, window_blocks: Tensor) -> Tensor:
         """Mean cross-entropy in nats (fp32). ids: [T] integer, targets: [T] int64, window_blocks: zero-dim integer."""
@@ -1283,6 +1297,46 @@ def draw_seed(config: Config, world: World) -> int:
     return int(seed)
 
 
+def compile_model(model: GPT, whole: bool, **options) -> None:
+    """In place. whole: one graph, the fastest steps. Otherwise blocks compile once per kind and share the code.
+
+    Between regions autograd adds the gradients of x00, x01 and the value embeddings in passes of their own.
+    """
+    options = dict(dynamic=False, fullgraph=True) | options
+    if whole:
+        model.compile(**options)
+        return
+    model.embed, model.finish = (torch.compile(method, **options) for method in (model.embed, model.finish))
+    for block in model.blocks:
+        block.compile(**options)
+
+
+class CompileProgress:
+    """Says on rank 0's console which graph is compiling, and how long each took."""
+    def __init__(self, world: World):
+        self.shown, self.number, self.began, self.started = world.rank == 0, 0, time.perf_counter(), 0.0
+
+    def __enter__(self) -> None:
+        if self.shown:
+            callback_handler.register_start_callback(self._start)
+            callback_handler.register_end_callback(self._end)
+
+    def __exit__(self, *_) -> None:
+        if self.shown:
+            callback_handler.remove_start_callback(self._start)
+            callback_handler.remove_end_callback(self._end)
+            if self.number:  # none on a CPU
+                print(f"warm-up: {self.number} compilations, {time.perf_counter() - self.began:.0f} s", flush=True)
+
+    def _start(self, _) -> None:
+        self.number, self.started = self.number + 1, time.perf_counter()
+        print(f"warm-up: compilation {self.number} ... ", end="", flush=True)
+
+    def _end(self, _) -> None:
+        now = time.perf_counter()
+        print(f"{now - self.started:.0f} s ({now - self.began:.0f} s so far)", flush=True)
+
+
 def describe_run(config: Config, train_shards: list[Shard], seed: int, world: World) -> str:
     """Versions, hardware, every constant, data and seed, for the head of the log."""
     try:
@@ -1322,12 +1376,15 @@ def main(config: Config) -> float:
     compiled = partial(torch.compile, dynamic=False, fullgraph=True) if on_gpu else lambda function: function
     if on_gpu:
         torch._inductor.config.coordinate_descent_tuning = config.coordinate_descent_tuning
-        model.compile(dynamic=False, fullgraph=True)
+        # Custom autograd Functions keep a graph out of the cache unless this allows them: a warm start traced it anew.
+        torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
+        compile_model(model, whole=config.coordinate_descent_tuning)
     if world.size > 1:
         for p in model.parameters():
             dist.broadcast(p.data, src=0)
     optimizer = Optimizer(model, config, world, compiled)
-    warm_up(model, optimizer, world)
+    with CompileProgress(world):
+        warm_up(model, optimizer, world)
     loader = TrainLoader(train_shards, config, world)
     try:
         val_loss = train(model, optimizer, loader, val_shard, world, log)
