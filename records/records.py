@@ -12,14 +12,24 @@ from pathlib import Path
 
 import audit
 import comparison
-from inference import POOLED_SIGMA, TARGET
+import follow
+import power
+from inference import ALPHA, POOLED_SIGMA, POWER, TARGET
 from run_log import RecordError
+from tables import format_json
 
 
 def add_command(commands, name: str, run, help: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
     parser.set_defaults(run=run)
     return parser
+
+
+def plot_figures(args) -> None:
+    from plots import draw  # loads matplotlib, which the other commands can do without
+    first = args.paths[0]
+    written = draw(args.paths, args.out or (first if first.is_dir() else first.parent) / "figures")
+    print(format_json({"figures": [str(path) for path in written]}) if args.json else "\n".join(map(str, written)))
 
 
 def parse(argv):
@@ -38,6 +48,31 @@ def parse(argv):
                           "compare two sets of runs: loss, time, fewer steps and faster steps")
     compare.add_argument("a", type=Path, metavar="A", help="a log, or a folder of logs: the baseline")
     compare.add_argument("b", type=Path, metavar="B")
+
+    following = add_command(commands, "follow", lambda args: follow.follow(
+        args.log, args.reference, args.once, args.every, args.patience, args.json),
+        "hold a live or finished log against reference runs; exit status 1 if it leaves their band")
+    following.add_argument("log", type=Path)
+    following.add_argument("--reference", type=Path, default=follow.PUBLISHED,
+                           help="a folder of logs (default: the published mean curve)")
+    following.add_argument("--once", action="store_true", help="do not wait for more of a live log")
+    following.add_argument("--every", type=float, default=5.0, help="seconds between looks (%(default)s)")
+    following.add_argument("--patience", type=float, default=600.0,
+                           help="seconds without growth after which to stop (%(default)s)")
+
+    planning = add_command(commands, "power", lambda args: power.power(
+        args.margin, args.runs, args.sigma, args.alpha, args.power, args.json),
+        "runs that a margin needs to pass the t-test, and margins that a number of runs needs")
+    planning.add_argument("--margin", type=float, nargs="+", default=[], help="nats/token below the target")
+    planning.add_argument("-n", "--runs", type=int, nargs="+", default=[], help="numbers of runs")
+    planning.add_argument("--sigma", type=float, default=POOLED_SIGMA, help="between runs, nats/token (%(default)s)")
+    planning.add_argument("--alpha", type=float, default=ALPHA, help="one-sided (%(default)s)")
+    planning.add_argument("--power", type=float, default=POWER, help="chance to pass (%(default)s)")
+
+    plot = add_command(commands, "plot", plot_figures, "draw loss, ms/step, lambdas and final losses as PNG files")
+    plot.add_argument("paths", type=Path, nargs="+", metavar="RUNS",
+                      help="a log, a folder of logs, or published figures; others are compared with the first")
+    plot.add_argument("--out", type=Path, help="folder for the figures (default: figures/ in the first folder)")
 
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print JSON instead of tables")
