@@ -8,9 +8,11 @@ A, B and DIR are logs or folders of logs. `COMMAND --help` says more. Needs reco
 """
 import argparse
 import sys
+import time
 from pathlib import Path
 
 import audit
+import campaign
 import comparison
 import follow
 import power
@@ -73,6 +75,16 @@ def parse(argv):
     plot.add_argument("paths", type=Path, nargs="+", metavar="RUNS",
                       help="a log, a folder of logs, or published figures; others are compared with the first")
     plot.add_argument("--out", type=Path, help="folder for the figures (default: figures/ in the first folder)")
+
+    running = add_command(commands, "campaign", lambda args: campaign.campaign(
+        args.a, args.b, args.runs, args.preset, args.out, args.json),
+        "run two scripts in turn (A B B A ...) through run.sh, keep every run, and compare them")
+    running.add_argument("a", metavar="A", help="a script, or CONSTANT=value[,CONSTANT=value] for train_gpt_medium.py")
+    running.add_argument("b", metavar="B", help="a script, or CONSTANT=value[,CONSTANT=value] for a copy of A's script")
+    running.add_argument("-n", "--runs", type=int, required=True, help="runs of each")
+    running.add_argument("--preset", default="medium", choices=("medium", "short", "tiny"), help="(%(default)s)")
+    running.add_argument("--out", type=Path, default=Path("logs") / time.strftime("campaign-%Y%m%d-%H%M%S"),
+                         help="a new folder for scripts, logs and consoles (default: logs/campaign-DATE-TIME)")
 
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print JSON instead of tables")
