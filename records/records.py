@@ -14,6 +14,7 @@ from pathlib import Path
 import audit
 import campaign
 import comparison
+import filing
 import follow
 import power
 from inference import ALPHA, POOLED_SIGMA, POWER, TARGET
@@ -85,6 +86,15 @@ def parse(argv):
     running.add_argument("--preset", default="medium", choices=("medium", "short", "tiny"), help="(%(default)s)")
     running.add_argument("--out", type=Path, default=Path("logs") / time.strftime("campaign-%Y%m%d-%H%M%S"),
                          help="a new folder for scripts, logs and consoles (default: logs/campaign-DATE-TIME)")
+
+    filing_new = add_command(commands, "new", lambda args: filing.new(
+        args.name, args.date, args.logs, args.baseline, args.what, args.json),
+        "make records/DATE_NAME from finished logs, with tables and figures; refresh the leaderboard; check")
+    filing_new.add_argument("name", metavar="NAME")
+    filing_new.add_argument("--logs", type=Path, nargs="+", required=True, help="logs or folders: all runs")
+    filing_new.add_argument("--baseline", type=Path, nargs="+", default=[], help="logs or folders of the baseline")
+    filing_new.add_argument("--what", required=True, help="what changed and why: the README's first section")
+    filing_new.add_argument("--date", default=time.strftime("%Y-%m-%d"), help="YYYY-MM-DD (default: today)")
 
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print JSON instead of tables")
