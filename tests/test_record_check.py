@@ -135,6 +135,23 @@ def test_every_rule_has_a_folder_that_breaks_it():
     assert {rule for rule, _ in BREAKS} | {"target-z"} == {rule.id for rule in audit.RULES}
 
 
+def test_the_readme_lists_the_rules_and_shows_real_output(capsys):
+    text = (RECORDS / "README.md").read_text()
+    for rule in audit.RULES:
+        assert f"| {rule.id} | {rule.severity} | {rule.why} | {rule.origin} |" in text
+    for command in (["check", "records/2025-11-02_SmearMTP"], ["power", "--margin", "0.0005", "0.0007", "-n", "5"]):
+        records.main([part.replace("records/", f"{RECORDS}/") for part in command])
+        shown = capsys.readouterr().out.replace(f"{RECORDS}/", "records/").split("\n\nok:")[0].strip()
+        assert f"$ python records/records.py {' '.join(command)}\n{shown}\n" in text
+
+
+@pytest.mark.parametrize("command", ["", "check", "compare", "follow", "plot", "power", "campaign", "new"])
+def test_every_command_has_help(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        records.main([*command.split(), "--help"])
+    assert stop.value.code == 0 and "usage:" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("mean, advice", [(3.2790, "--target 3.28"), (2.9300, "above 2.92")])
 def test_a_mean_above_the_target_is_an_error(record, mean, advice):
     with_losses(record, [mean + 0.0001, mean - 0.0001])
