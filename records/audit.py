@@ -531,7 +531,7 @@ def apply_rules(folder: Folder, limits: Limits) -> list[Finding]:
     findings = []
     for rule in RULES:
         messages = None
-        if rule.on_figures or not folder.published and (folder.logs or folder.unreadable):
+        if rule.on_figures or folder.logs or folder.unreadable and rule.id == "readable":
             messages = rule.test(folder, limits)
         status = "not applicable" if messages is None else "broken" if messages else "ok"
         findings.append(Finding(rule, status, messages or []))
@@ -595,9 +595,12 @@ def report(folder: Folder, findings: list[Finding], statistics: dict, verdict: s
         needed = s["runs_needed"] or "no number"
         lines += [format_table([
             ["runs", f"{s['n']} (baseline {s['baseline_runs']}, failed {s['failed_runs']}, other {s['other_runs']})"],
-            ["loss", f"{s['mean']:.6f} +- {s['std']:.6f} nats/token, 95 % interval {s['low']:.6f} to {s['high']:.6f}"],
-            ["train time", f"{s['train_seconds_mean']:.3f} +- {s['train_seconds_std']:.3f} s"],
-            [f"t-test, mean <= {s['target']}", f"t = {s['t']:.2f}, p = {format_p(s['t_p'])}"],
+            ["loss", f"{s['mean']:.6f} nats/token" if s["n"] < 2 else
+             f"{s['mean']:.6f} +- {s['std']:.6f} nats/token, 95 % interval {s['low']:.6f} to {s['high']:.6f}"],
+            ["train time", f"{s['train_seconds_mean']:.3f} s" if s["n"] < 2 else
+             f"{s['train_seconds_mean']:.3f} +- {s['train_seconds_std']:.3f} s"],
+            [f"t-test, mean <= {s['target']}", f"t = {s['t']:.2f}, p = {format_p(s['t_p'])}"
+             if math.isfinite(s["t"]) else "none: it needs runs that differ"],
             [f"z-test, sigma {s['sigma']:g}", f"z = {s['z']:.2f}, p = {format_p(s['z_p'])}"],
             [f"runs needed for p < {ALPHA}", f"{needed} at this margin ({s['margin']:.6f}), {POWER:.0%} power"]]), ""]
     broken = [finding for finding in findings if finding.status == "broken"]

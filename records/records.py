@@ -7,6 +7,7 @@
 A, B and DIR are logs or folders of logs. `COMMAND --help` says more. Needs records/requirements.txt, no torch, no GPU.
 """
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -63,6 +64,19 @@ def parse(argv):
     following.add_argument("--patience", type=float, default=600.0,
                            help="seconds without growth after which to stop (%(default)s)")
 
+    plot = add_command(commands, "plot", plot_figures, "draw loss, ms/step, lambdas and final losses as PNG files")
+    plot.add_argument("paths", type=Path, nargs="+", metavar="RUNS",
+                      help="a log, a folder of logs, or published figures; others are compared with the first")
+    plot.add_argument("--out", type=Path, help="folder for the figures (default: figures/ in the first folder)")
+
+    add_planning_commands(commands)
+    for command in commands.choices.values():
+        command.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    return parser.parse_args(argv)
+
+
+def add_planning_commands(commands) -> None:
+    """What comes before and after the runs: power, campaign, new."""
     planning = add_command(commands, "power", lambda args: power.power(
         args.margin, args.runs, args.sigma, args.alpha, args.power, args.json),
         "runs that a margin needs to pass the t-test, and margins that a number of runs needs")
@@ -71,11 +85,6 @@ def parse(argv):
     planning.add_argument("--sigma", type=float, default=POOLED_SIGMA, help="between runs, nats/token (%(default)s)")
     planning.add_argument("--alpha", type=float, default=ALPHA, help="one-sided (%(default)s)")
     planning.add_argument("--power", type=float, default=POWER, help="chance to pass (%(default)s)")
-
-    plot = add_command(commands, "plot", plot_figures, "draw loss, ms/step, lambdas and final losses as PNG files")
-    plot.add_argument("paths", type=Path, nargs="+", metavar="RUNS",
-                      help="a log, a folder of logs, or published figures; others are compared with the first")
-    plot.add_argument("--out", type=Path, help="folder for the figures (default: figures/ in the first folder)")
 
     running = add_command(commands, "campaign", lambda args: campaign.campaign(
         args.a, args.b, args.runs, args.preset, args.out, args.json),
@@ -96,16 +105,17 @@ def parse(argv):
     filing_new.add_argument("--what", required=True, help="what changed and why: the README's first section")
     filing_new.add_argument("--date", default=time.strftime("%Y-%m-%d"), help="YYYY-MM-DD (default: today)")
 
-    for command in commands.choices.values():
-        command.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    return parser.parse_args(argv)
-
 
 def main(argv=None) -> int:
     """Run one command; where it cannot be done, exit with status 2 and one sentence on stderr."""
     args = parse(argv)
     try:
-        return args.run(args) or 0
+        status = args.run(args) or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except RecordError as error:
         print(f"records.py: {error}", file=sys.stderr)
         return 2
