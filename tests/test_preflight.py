@@ -1,8 +1,10 @@
 """The look at the machine before a run: every subject's verdicts, with stand-ins for nvidia-smi and python."""
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -112,15 +114,25 @@ def hang(rank, size, port, on_gpu):
 
 
 def test_all_reduce_line_for_real():
-    assert preflight.check_all_reduce(2, on_gpu=False).status == "ok"
+    assert preflight.check_all_reduce(2, on_gpu=False, limit_s=600).status == "ok"
     assert preflight.check_all_reduce(1, on_gpu=False).status == "ok"
 
 
-def test_all_reduce_line_when_a_rank_fails_or_hangs():
-    line = preflight.check_all_reduce(2, False, trial=fail_on_rank_one)
+def test_all_reduce_line_when_a_rank_fails():
+    line = preflight.check_all_reduce(2, False, limit_s=600, trial=fail_on_rank_one)
     assert line.status == "error" and "rank 1 of 2 failed" in line.text
+
+
+def test_all_reduce_line_when_a_rank_hangs(monkeypatch):
+    """On a clock that reaches the limit once rank 1 is done, so that a busy machine changes nothing."""
+    others = set(multiprocessing.active_children())
+
+    def seconds() -> float:
+        return 8.0 if len(set(multiprocessing.active_children()) - others) == 1 else 0.0
+
+    monkeypatch.setattr(preflight, "time", SimpleNamespace(monotonic=seconds, sleep=time.sleep))
     line = preflight.check_all_reduce(2, False, limit_s=8, trial=hang)
-    assert line.status == "error" and "ranks [0] of 2 hung" in line.text
+    assert line.status == "error" and "ranks [0] of 2 hung" in line.text and "for 8 s" in line.text
 
 
 def test_report_on_this_machine_is_one_screen(tmp_path):

@@ -13,12 +13,13 @@ from helpers import ALONE, CPU, random_ids, small_config, write_text_folder
 
 @pytest.fixture
 def tiny_run(tmp_path, monkeypatch):
-    """A folder to run in, and a configuration of a few seconds with shards of random ids."""
+    """A folder to run in, and a configuration of seconds with shards of random ids: fp32, in which CPUs are fast."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # these runs are a CPU's, on any machine
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "DATA_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
-    return write_text_folder(tmp_path / "shards", small_config(seq_len=128, val_seq_len=128, val_tokens=512))
+    return write_text_folder(tmp_path / "shards", small_config(
+        dtype=torch.float32, num_slices=2, seq_len=128, val_seq_len=128, val_tokens=512))
 
 
 def read_log(folder) -> str:
@@ -41,10 +42,11 @@ def same(a, b) -> bool:
 
 
 def test_warm_up_leaves_no_trace(tiny_run):
+    config = tgm.replace(tiny_run, dtype=torch.bfloat16)  # with mantissas, which are states too
     torch.manual_seed(0)
-    model = tgm.GPT(tiny_run)
-    optimizer = tgm.Optimizer(model, tiny_run, ALONE)
-    loader = tgm.TrainLoader(tgm.find_shards(tiny_run)[0], tiny_run, ALONE)
+    model = tgm.GPT(config)
+    optimizer = tgm.Optimizer(model, config, ALONE)
+    loader = tgm.TrainLoader(tgm.find_shards(config)[0], config, ALONE)
     storages = [p.data_ptr() for p in model.parameters()]
 
     def state() -> dict:
@@ -69,9 +71,9 @@ def test_warm_up_leaves_no_trace(tiny_run):
 
     # And what follows is what would have followed without it.
     torch.manual_seed(0)
-    fresh = tgm.GPT(tiny_run)
-    fresh_optimizer = tgm.Optimizer(fresh, tiny_run, ALONE)
-    tokens = random_ids(8 * 128 + 1, tiny_run)
+    fresh = tgm.GPT(config)
+    fresh_optimizer = tgm.Optimizer(fresh, config, ALONE)
+    tokens = random_ids(2 * 128 + 1, config)
     for n in range(3):
         for m, o in ((model, optimizer), (fresh, fresh_optimizer)):
             tgm.train_step(m, o, *tgm.split_slices(tokens, 128), n)
@@ -85,7 +87,7 @@ def test_warm_up_also_runs_validation(tiny_run, monkeypatch):
                         lambda self, ids, w: seen.append((torch.is_grad_enabled(), len(ids))) or latents(self, ids, w))
     model = tgm.GPT(config)
     tgm.warm_up(model, tgm.Optimizer(model, config, ALONE), ALONE)
-    assert seen == [(True, 128)] * 16 + [(False, 256)]
+    assert seen == [(True, 128)] * 4 + [(False, 256)]
 
 
 def test_the_clock_adds_up_its_stretches_and_waits_for_all_ranks(monkeypatch):
@@ -135,11 +137,13 @@ def test_bf16_micro_batches_are_averaged_in_fp32():
 
 
 def test_log_is_the_whole_truth(tiny_run, tmp_path, capsys):
-    val_loss = tgm.main(tiny_run)
+    """Of a whole run in the record's dtypes."""
+    config = tgm.replace(tiny_run, dtype=torch.bfloat16)
+    val_loss = tgm.main(config)
     log = read_log(tmp_path)
     source, environment, steps = log.split("=" * 100 + "\n")[-3:]
     assert log.startswith(open(tgm.__file__).read())
-    for name, value in vars(tiny_run).items():
+    for name, value in vars(config).items():
         assert f"{name} = {value!r}" in environment
     assert f"PyTorch {torch.__version__}" in environment and "seed drawn or given: 1\n" in environment
     assert "SYNTHETIC" not in environment
@@ -175,7 +179,7 @@ def losses_of(folder) -> list[str]:
 
 def test_a_seed_repeats_a_run_and_none_draws_one(tiny_run, tmp_path):
     for seed in (1, 1, None, None):
-        tgm.main(tgm.replace(tiny_run, seed=seed))
+        tgm.main(tgm.replace(tiny_run, seed=seed, num_iterations=2, val_every=1))
     first, again, *drawn = losses_of(tmp_path)
     assert first == again and len(first) == 3
     assert len({str(run[-1]) for run in [first, *drawn]}) == 3
@@ -224,13 +228,12 @@ def test_validation_uses_the_window_after_the_completed_steps(tiny_run, monkeypa
 
 def test_micro_batches_are_all_used(tiny_run):
     """The gradient of a step is the mean over its slices: checked against one slice at a time."""
-    config = tgm.replace(tiny_run, dtype=torch.float32)
     torch.manual_seed(0)
-    model = tgm.GPT(config)
+    model = tgm.GPT(tiny_run)
     with torch.no_grad():
         model.lm_head.normal_(std=0.1)
-    inputs, targets = tgm.split_slices(random_ids(8 * 128 + 1, config), 128)
-    w = tgm.as_window(tgm.num_window_blocks(0, config), CPU)
+    inputs, targets = tgm.split_slices(random_ids(8 * 128 + 1, tiny_run), 128)
+    w = tgm.as_window(tgm.num_window_blocks(0, tiny_run), CPU)
     total = torch.stack([model(ids, target, w) for ids, target in zip(inputs, targets)]).mean()
     total.backward()
     expected = [p.grad.clone() for p in model.parameters()]
