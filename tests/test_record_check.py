@@ -229,3 +229,12 @@ def test_json_is_strict_and_complete(sound_record, capsys):
     assert [rule["id"] for rule in report["rules"]] == [rule.id for rule in audit.RULES]
     assert all(rule["why"] and rule["origin"] and rule["severity"] in ("error", "warning", "note")
                for rule in report["rules"])
+
+
+def test_logs_that_hold_the_trainer_s_own_source_keep_every_rule(record):
+    trainer = (RECORDS.parent / "train_gpt_medium.py").read_text().replace("{", "{{").replace("}", "}}")
+    previous = trainer.replace("SMEAR_MTP = True", "SMEAR_MTP = False")
+    assert previous != trainer
+    shutil.rmtree(record)
+    logs.write_record(record, logs.record_specs(source=trainer), logs.baseline_specs(source=previous))
+    assert broken_rules(record) == {}
