@@ -21,9 +21,10 @@ The script: train_gpt_medium.py, or the one that TRAIN_SCRIPT names (an edited c
 TEXT
 }
 
-script=${TRAIN_SCRIPT:-train_gpt_medium.py}
-
 die() { echo "run.sh: $*" >&2; exit 1; }
+
+script=${TRAIN_SCRIPT:-train_gpt_medium.py}
+[ -f "$script" ] || die "TRAIN_SCRIPT names $script, which does not exist: name a training script."
 
 # True if interpreter $1 has every package of file $2 in the version pinned there, and the files it refers to.
 satisfies() {

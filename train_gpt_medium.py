@@ -164,6 +164,8 @@ class Config:
             (set(tables) == set(range(len(set(tables)))), f"value_embeds {tables} do not count tables from 0"),
             (all(layer.attention or layer.value_embed is None for layer in self.layers),
              "a layer without attention has a value_embed"),
+            (any(layer.skip_from is not None for layer in self.layers),
+             "no layer has a skip_from, and skip_weights would have no gradient"),
             (0 <= self.backout_from < len(self.layers), f"backout_from {self.backout_from} is not a layer"),
         ):
             if not ok:
@@ -542,7 +544,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, scale: flo
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Optimizers: AdamW, then Muon, then Snoo
+# Optimizers: Muon and AdamW, then Snoo
 
 # One row per Newton-Schulz step: a, b, c of X <- aX + (bA + cA^2)X [@YouJiacheng, modded-nanogpt].
 NEWTON_SCHULZ_COEFFICIENTS = (
@@ -583,7 +585,7 @@ def muon_update(params: list[Tensor], grads: list[Tensor], states: list[dict[str
 
     params, grads, smooth: the model's dtype. momentum_buffer: fp32. mantissa: int16, lower half of a bf16 parameter;
     unused if it is fp32. momentum, lr, decay: zero-dim fp64 tensors on the CPU, so that schedules do not recompile.
-    All matrices go through Newton-Schulz as one batch: two of 1024 x 4096 by themselves leave half of a GPU idle.
+    All matrices go through Newton-Schulz as one batch: two of 1024 x 4096 have 72 symmetric tiles for 132 processors.
     Smoothing (an average of updates) and mantissas are from the medium track [@snimu, modded-nanogpt].
     """
     directions = []
@@ -624,11 +626,11 @@ class Bank:
 
     The parameters become views of the buffer. `shard` [n, *unit] is the part that this rank updates and whose optimizer
     states it alone holds. unit: the shape of what is not divided: (rows, cols) of a matrix, or (128,) where numbers
-    stand for themselves, since torch rounds those that do not fill a CPU's vector otherwise. What is missing to a
-    multiple of world.size units is padded with zeros, which stay zero.
+    stand for themselves: a CPU rounds what is left over from whole vectors differently, wherever shards end. What is
+    missing to a multiple of world.size units is padded with zeros, which stay zero.
     """
     def __init__(self, params: list[nn.Parameter], unit: tuple[int, ...], world: World,
-                 average: Callable[[Tensor], Tensor] = average_parts):
+                 average: Callable[[Tensor], Tensor]):
         self.params, self.world, self.average = params, world, average
         self.padding = -sum(p.numel() for p in params) % (math.prod(unit) * world.size)
         self.buffer = self._end_to_end([p.data for p in params])
@@ -644,10 +646,12 @@ class Bank:
 
     def start_reduce(self) -> None:
         """Send every rank its part of the gradients, and drop them."""
-        self.received = grads = self._end_to_end([p.grad for p in self.params])
+        grads = self._end_to_end([p.grad for p in self.params])
         for p in self.params:
             p.grad = None
-        if self.world.size > 1:
+        if self.world.size == 1:
+            self.received = grads
+        else:
             self.received = torch.empty_like(grads)
             self.work = dist.all_to_all_single(self.received, grads, async_op=True)
 
@@ -662,7 +666,8 @@ class Bank:
     def start_gather(self) -> None:
         """Send this rank's updated parameters to all."""
         if self.world.size > 1:
-            gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13's name, the older one
+            # torch 2.13's name, or the older one's
+            gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
             self.work = gather(self.buffer, self.shard.flatten(), async_op=True)
 
     def finish_gather(self) -> None:
@@ -679,7 +684,7 @@ class Muon:
 
     States, by bank: momentum (fp32), smoothed update (the parameters' dtype), mantissa (int16).
     """
-    def __init__(self, banks: list[Bank], decay: float, smoothing: float, update: Callable[..., None] = muon_update):
+    def __init__(self, banks: list[Bank], decay: float, smoothing: float, update: Callable[..., None]):
         self.banks, self.decay, self.smoothing, self.update = banks, decay, smoothing, update
         self.states = [dict(momentum_buffer=torch.zeros_like(bank.shard, dtype=torch.float32),
                             smooth=torch.zeros_like(bank.shard),
@@ -741,18 +746,19 @@ class Optimizer:
        while the gradients of head and tables still travel, those of head and tables while matrices are sent.
     3. The last parameters to arrive are waited for.
 
-        bank        dtype     numbers   padding   MB to the owners   MB to all
-        mlp_fc      bf16     67108864         0              134.2       134.2
-        mlp_proj    bf16     67108864         0              134.2       134.2
-        qkvo        bf16     62914560   4194304              134.2       134.2
-        lm_head     fp32     51511296         0              206.0       206.0
-        scalars     fp32           99       925                0.0         0.0
-        embeds      bf16    360242176         0              720.5       720.5
+        bank        dtype     numbers   padding      MB
+        mlp_fc      bf16     67108864         0   134.2
+        mlp_proj    bf16     67108864         0   134.2
+        qkvo        bf16     62914560   4194304   134.2
+        lm_head     fp32     51511296         0   206.0
+        scalars     fp32           99       925     0.0
+        embeds      bf16    360242176         0   720.5
 
-    A collective a bank and direction, 12 in all where the record's script issues 56 and more. Gradients are exchanged
-    all-to-all and summed by their owner: the bytes of a reduce-scatter, but one rounding where a ring has seven, and
-    the same bits whatever the library's algorithm. A parameter's role, its name without block numbers, selects its
-    bank; a role that has none is an error.
+    A collective a bank and direction, 12 in all where the record's script issues 56 and more; 7/8 of a bank leave a
+    rank each way. Gradients are exchanged all-to-all and summed by their owner: the bytes of a reduce-scatter, but one
+    rounding where a ring has seven, and the same bits whatever the library's algorithm. Banks are disjoint, so that
+    their order is free; Snoo follows each one's inner step. A parameter's role, its name without block numbers, selects
+    its bank; a role that has none, or a parameter without a gradient, is an error.
     """
     def __init__(self, model: "GPT", config: Config, world: World, compiled: Callable = lambda function: function):
         """compiled: applied to the functions of tensors that a GPU should run in few kernels (torch.compile)."""
@@ -1307,13 +1313,18 @@ def compile_model(model: GPT, whole: bool, **options) -> None:
     if whole:
         model.compile(**options)
         return
+    # A kind of block is a graph for training and one for validation, all of one function.
+    torch._dynamo.config.recompile_limit = 2 * len(model.blocks)
     model.embed, model.finish = (torch.compile(method, **options) for method in (model.embed, model.finish))
     for block in model.blocks:
         block.compile(**options)
 
 
 class CompileProgress:
-    """Says on rank 0's console which graph is compiling, and how long each took."""
+    """Says on rank 0's console which graph is compiling, and how long each took.
+
+    What a kernel's first launch tunes is not announced: it is part of the seconds so far.
+    """
     def __init__(self, world: World):
         self.shown, self.number, self.began, self.started = world.rank == 0, 0, time.perf_counter(), 0.0
 

@@ -252,12 +252,13 @@ def test_kernels_are_compared_with_what_they_replace(pretended_gpu, capsys):
     results = bench.time_kernels(config, CPU)["kernels"]
     assert {name: len(row["versions"]) for name, row in results.items()} == {
         "mlp_up": 3, "mlp_down_grad": 2, "cross_entropy": 2, "embedding_grad": 2,
-        "symmetric_product": 2, "symmetric_product, plus x": 2}
+        "symmetric_product, 4 matrices": 2, "symmetric_product, 32 matrices": 2,
+        "symmetric_product plus x, 4 matrices": 2, "symmetric_product plus x, 32 matrices": 2}
     T, C, V = config.seq_len, config.model_dim, config.vocab_size
     assert results["mlp_up"]["work"] == 2 * T * C * 4 * C / 1e12
     assert results["cross_entropy"]["work"] == pytest.approx(2 * T * 384 * 2 / 1e9)  # read and written, in bf16
     assert results["embedding_grad"]["work"] == pytest.approx(7 * (T + V) * C * 2 / 1e9)
-    assert capsys.readouterr().out.count("1.000") >= 13 * 4
+    assert capsys.readouterr().out.count("1.000") >= 17 * 4
 
 
 def test_a_configuration_that_fails_is_a_row_of_the_sweep(pretended_gpu, monkeypatch, capsys):
@@ -361,7 +362,7 @@ def test_the_readme_shows_the_modelled_step():
 
 
 def test_the_model_of_the_tail_sends_the_optimizers_plan():
-    rows = re.findall(r"^ +(\w+) +(?:bf16|fp32) +\d+ +\d+ +([\d.]+) +[\d.]+$", tgm.Optimizer.__doc__, re.M)
+    rows = re.findall(r"^ +(\w+) +(?:bf16|fp32) +\d+ +\d+ +([\d.]+)$", tgm.Optimizer.__doc__, re.M)
     assert [(bank.name, f"{bank.num_bytes / 1e6:.1f}") for bank in step_model.buckets()] == rows
 
 

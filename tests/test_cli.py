@@ -37,22 +37,22 @@ def unigram_entropy(path) -> float:
 def test_run_sh_trains_tiny_on_real_text(tmp_path):
     """As a new user would: the shards are made, the model learns, the summary says what happened.
 
-    24 steps, edited where users edit constants, go well below what the ids' frequencies alone allow: 2.94, not 3.23.
+    32 steps, edited where users edit constants, go well below what the ids' frequencies alone allow: 2.88, not 3.23.
     """
     copy = tmp_path / "clone"
     copy.mkdir()
     for name in ("run.sh", "requirements.txt"):
         (copy / name).write_bytes((ROOT / name).read_bytes())
-    source = TRAINER.read_text().replace("num_iterations=64,", "num_iterations=24,")
+    source = TRAINER.read_text().replace("num_iterations=64,", "num_iterations=32,")
     (copy / TRAINER.name).write_text(source)
     (copy / "data").mkdir()
     for path in (ROOT / "data").glob("*.py"):
         (copy / "data" / path.name).write_bytes(path.read_bytes())
     done = run("bash", "run.sh", cwd=copy, timeout=1800)
     assert done.returncode == 0, done.stderr
-    losses = [float(loss) for loss in re.findall(r"^step:\d+/24 val_loss:(\S+)", done.stdout, re.M)]
+    losses = [float(loss) for loss in re.findall(r"^step:\d+/32 val_loss:(\S+)", done.stdout, re.M)]
     assert losses[0] == pytest.approx(math.log(384), abs=1e-4)
-    assert losses[-1] < unigram_entropy(copy / "data" / "text" / "text_val_000000.bin") - 0.1
+    assert losses[-1] < unigram_entropy(copy / "data" / "text" / "text_val_000000.bin") - 0.3
     assert f"validation loss {losses[0]:.6f} before, {losses[-1]:.6f} after" in done.stdout
     log = copy / re.search(r"^Log, .*: (logs/\S+)$", done.stdout, re.M)[1]
     assert log.read_text().startswith(source)
@@ -134,3 +134,9 @@ def test_an_active_environment_that_satisfies_the_requirements_is_used():
     done = run("bash", "run.sh", "--python")
     assert done.returncode == 0, done.stderr
     assert os.path.realpath(done.stdout.strip()) == os.path.realpath(sys.executable)
+
+
+def test_a_script_that_is_not_there_is_refused_at_once():
+    done = run("bash", "run.sh", "tiny", TRAIN_SCRIPT="nowhere.py")
+    assert done.returncode != 0 and not done.stdout
+    assert done.stderr.strip() == "run.sh: TRAIN_SCRIPT names nowhere.py, which does not exist: name a training script."

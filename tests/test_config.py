@@ -107,6 +107,7 @@ def test_presets():
     (dict(num_slices=6), "num_slices"),
     (dict(val_every=0), "val_every"),
     (dict(layers=(tgm.Layer(), tgm.Layer(skip_from=-1)), backout_from=0), "skips"),
+    (dict(layers=(tgm.Layer(),), backout_from=0), "no layer has a skip_from"),
     (dict(layers=(tgm.Layer(value_embed=3),), backout_from=0), "value_embeds"),
     (dict(layers=(tgm.Layer(attention=False, value_embed=0),), backout_from=0), "without attention"),
     (dict(layers=(tgm.Layer(), tgm.Layer(skip_from=1))), "skips"),

@@ -35,7 +35,7 @@ def train_and_report(world: tgm.World, config: tgm.Config) -> dict:
 
 
 def give_gradients(model: tgm.GPT, world: tgm.World, step: int) -> None:
-    """To every parameter, another one on every rank; sums over 8 ranks are exact in fp32."""
+    """To every parameter, another one on every rank."""
     generator = torch.Generator().manual_seed(100 * step + world.rank)
     for p in model.parameters():
         p.grad = torch.randn(p.shape, generator=generator).bfloat16().to(p.dtype)
@@ -188,13 +188,12 @@ def test_a_step_sends_what_the_plan_says(reports, size):
 
 def test_the_plan_in_the_docstring_is_that_of_the_record():
     """Its table, row by row, for the record on 8 ranks; the count of collectives."""
-    rows = re.findall(r"^ +(\w+) +(bf16|fp32) +(\d+) +(\d+) +([\d.]+) +([\d.]+)$", tgm.Optimizer.__doc__, re.M)
+    rows = re.findall(r"^ +(\w+) +(bf16|fp32) +(\d+) +(\d+) +([\d.]+)$", tgm.Optimizer.__doc__, re.M)
     expected = []
     for name, (dtype, numbers, unit) in bank_numbers(tgm.Config()).items():
         sent = padded(numbers, unit, 8)
-        megabytes = f"{sent * dtype.itemsize / 1e6:.1f}"
         expected.append((name, {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype], str(numbers),
-                         str(sent - numbers), megabytes, megabytes))
+                         str(sent - numbers), f"{sent * dtype.itemsize / 1e6:.1f}"))
     assert rows == expected and [row[0] for row in rows] == list(BANKS)
     assert f"{2 * len(BANKS)} in all" in tgm.Optimizer.__doc__
 

@@ -1,4 +1,6 @@
 """What is compiled before the clock starts, and that nothing is after. The backend counts and compiles nothing."""
+from functools import partial
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -27,8 +29,10 @@ def make_model() -> tgm.GPT:
 def test_nothing_compiles_after_warm_up(whole, graphs):
     model = make_model()
     tgm.compile_model(model, whole, backend="aot_eager")
-    optimizer = tgm.Optimizer(model, model.config, ALONE)
+    compiled = partial(torch.compile, dynamic=False, fullgraph=True, backend="aot_eager")
+    optimizer = tgm.Optimizer(model, model.config, ALONE, compiled)
     tgm.warm_up(model, optimizer, ALONE)
+    graphs += 2  # Muon's update of MLP matrices and of the others
     assert counters["stats"]["unique_graphs"] == graphs
     for step in range(model.config.num_iterations):  # every window of the schedule
         tgm.train_step(model, optimizer, *tgm.split_slices(random_ids(129, model.config, step), 128), step)
@@ -36,6 +40,28 @@ def test_nothing_compiles_after_warm_up(whole, graphs):
         ids = random_ids(257, model.config)
         model(ids[:-1], ids[1:].long(), tgm.as_window(3, CPU))
     assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_every_layer_may_be_a_kind_of_its_own(monkeypatch):
+    """More kinds of block than torch's own limit of recompilations lets share one function."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    model = make_model()
+    tgm.compile_model(model, whole=False, backend="aot_eager")
+    with torch.no_grad():
+        model.latents(random_ids(128, model.config), tgm.as_window(1, CPU))
+    assert counters["stats"]["unique_graphs"] == 5
+
+
+def test_progress_shows_every_compilation_on_rank_0(capsys):
+    for rank, shown in ((0, 1), (1, 0)):
+        torch._dynamo.reset()
+        square = torch.compile(lambda x: x * x, backend="aot_eager")
+        with tgm.CompileProgress(tgm.World(rank, 2, CPU)):
+            square(torch.ones(3))
+        square(torch.ones(2, 2))  # not announced any more
+        out = capsys.readouterr().out
+        assert out.count("warm-up: compilation 1 ... ") == out.count(" s so far)") == shown
+        assert out.count("warm-up: 1 compilations, ") == shown
 
 
 @pytest.mark.parametrize("whole", [True, False])

@@ -2,9 +2,9 @@
 
     python records/bench/step_model.py        the tables of README.md; no GPU, under a second
 
-Work is counted: FLOPs from shapes, bytes from kernel_bytes.json, what travels from the banks of the trainer's
-Optimizer. Rates are assumptions, each with its source below. Only the plain version's sum can be held against a
-measured one.
+Work is counted: FLOPs from shapes, bytes from kernel_bytes.json; what travels agrees with the plan of the trainer's
+Optimizer (a test holds them together). Rates are assumptions, each with its source below. Only the plain version's sum
+can be held against a measured one.
 """
 import json
 from pathlib import Path
