@@ -14,11 +14,14 @@ Sets up Python, looks at the hardware and trains. It says what it will do first,
 
 The environment: an active one that satisfies requirements.txt is used as it is; otherwise .venv is made and filled.
 The shards: the preset's folder below data/, or the folder that DATA_PATH names.
+The script: train_gpt_medium.py, or the one that TRAIN_SCRIPT names (an edited copy of it, for comparisons).
 
   ./run.sh --check [PRESET]  only look: GPUs, driver, torch, all-reduce, memory, shards, disks, duration
   ./run.sh --python [FILE]   only set up Python (for FILE instead of requirements.txt) and print its interpreter
 TEXT
 }
+
+script=${TRAIN_SCRIPT:-train_gpt_medium.py}
 
 die() { echo "run.sh: $*" >&2; exit 1; }
 
@@ -72,7 +75,7 @@ train_tiny() {
     [ -n "$shards" ] || "$python" data/shards.py text "$data"
     output=$(mktemp)
     trap "rm -f '$output'" EXIT
-    "$python" train_gpt_medium.py tiny | tee "$output"
+    "$python" "$script" tiny | tee "$output"
     log=$(sed -n 's/^preset .*, log //p' "$output")
     first=$(sed -n 's/.*val_loss:\([0-9.]*\) .*/\1/p' "$output" | head -n 1)
     last=$(sed -n 's/.*val_loss:\([0-9.]*\) .*/\1/p' "$output" | tail -n 1)
@@ -93,7 +96,7 @@ train_on_gpus() {
         "and train the preset $preset on $nproc of them with torchrun."
     "$python" data/preflight.py "$preset"
     [ -n "$own_shards" ] || "$python" data/shards.py get "$data" --preset "$preset"
-    "$python" -m torch.distributed.run --standalone --nproc_per_node="$nproc" train_gpt_medium.py "$preset"
+    "$python" -m torch.distributed.run --standalone --nproc_per_node="$nproc" "$script" "$preset"
 }
 
 case "${1:-}" in

@@ -71,7 +71,9 @@ def test_headers_of_every_table():
         "part of the time difference|s|% of previous mean|% of difference",
     ]
     assert ["|".join(table[0]) for table in read_tables(READMES[0])] == [
-        "date|name|mean loss +- std (nats/token)|mean train time (s)|n (runs)|hardware|torch|folder|status"
+        "date|name|mean loss +- std (nats/token)|mean train time (s)|n (runs)|hardware|torch|folder|status",
+        "command|what it does",
+        "rule|severity|why|where it comes from",
     ]
 
 
@@ -192,6 +194,15 @@ def test_figures_in_the_text_of_the_record():
     assert last["val_loss"] not in LOSSES and last["train_time_ms"] / 1000 not in TIMES
     build_date = datetime.datetime.strptime(re.search(r"dev(\d{8})", RECORD["torch"]).group(1), "%Y%m%d").date()
     assert build_date - datetime.date.fromisoformat(RECORD["date"]) == datetime.timedelta(days=1)
+
+
+def test_figures_of_the_1b_pair_in_the_text():
+    text, pair = prose(READMES[1]), DATA["scale_up_1b"]
+    without, with_it = pair["baseline"][-1], pair["smear_mtp"][-1]
+    assert without["step"] == with_it["step"]
+    assert f"{without['step']:,} steps, in `scale_up_1b`" in text
+    assert f"last losses are {without['val_loss']} without and {with_it['val_loss']} with it" in text
+    assert f"a difference of {without['val_loss'] - with_it['val_loss']:.4f} is below" in text
 
 
 def test_leaderboard_row():

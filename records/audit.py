@@ -1,0 +1,614 @@
+"""`check`: the rules of a record, each with its reason and its origin, applied to a folder of logs and a README."""
+import json
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+import readme_figures as figures
+from inference import ALPHA, POOLED_SIGMA, POWER, TARGET, TargetTest, against_target, format_p, runs_needed
+from run_log import RecordError, Run, find_logs, read_log, read_published
+from tables import format_json, format_table
+
+NUM_GPUS = 8
+VAL_TOKENS = 10_485_760
+BASELINE = re.compile(r"(base|prev|old|control|before)", re.I)
+FAILED = re.compile(r"(fail|crash|abort|unfinished|partial)", re.I)
+ALLOWED_COMPILE_FLAGS = {"coordinate_descent_tuning"}  # allowed on the medium track, banned on the short one
+FORBIDDEN_COMPILE_ARGUMENTS = ("mode", "options", "backend")
+# Packages that a log need not contain: a requirements file can name them.
+PACKAGES = {"torch", "torchvision", "numpy", "triton", "tqdm", "huggingface_hub", "kernels", "flash_attn",
+            "flash_attn_interface", "flash_attn_3", "einops", "wandb", "tiktoken", "scipy", "pandas", "matplotlib",
+            "datasets", "transformers", "cuda", "cutlass", "quack", "liger_kernel", "transformer_engine", "apex",
+            "xformers", "requests", "yaml", "psutil", "pynvml", "cupy", "numba", "lovely_tensors", "rich", "dotenv",
+            "bitsandbytes", "torchao", "schedulefree", "heavyball", "dion", "opt_einsum", "safetensors", "distutils"}
+SHOWN = 4  # examples a message names
+
+
+class Limits(NamedTuple):
+    """What a folder is judged by."""
+    target: float = TARGET
+    sigma: float = POOLED_SIGMA
+
+
+@dataclass
+class Folder:
+    """A record's folder: its runs by role, its README, and what could not be read."""
+    path: Path
+    readme: str  # empty if there is none
+    record: list[Run] = field(default_factory=list)
+    baseline: list[Run] = field(default_factory=list)
+    failed: list[Run] = field(default_factory=list)  # in folders named so
+    other: list[Run] = field(default_factory=list)  # further folders beside the record's logs: ablations
+    unreadable: list[str] = field(default_factory=list)
+    published: dict | None = None  # figures in place of logs
+    scripts: list[Path] = field(default_factory=list)
+
+    @property
+    def logs(self) -> list[Run]:
+        return [] if self.published else [*self.record, *self.baseline, *self.failed, *self.other]
+
+    @property
+    def counted(self) -> list[Run]:
+        """The record's runs that have a final loss."""
+        return [run for run in self.record if run.finished and math.isfinite(run.final_loss)]
+
+
+class Rule(NamedTuple):
+    """`test` returns what is wrong, one sentence each; None if the folder has nothing to apply it to."""
+    id: str
+    severity: str  # error, warning or note
+    why: str
+    origin: str
+    on_figures: bool  # applies to published figures too
+    test: Callable[[Folder, Limits], list[str] | None]
+
+
+class Finding(NamedTuple):
+    """A rule's outcome: `status` is ok, not applicable or broken."""
+    rule: Rule
+    status: str
+    messages: list[str]
+
+
+RULES: list[Rule] = []
+
+
+def rule(id: str, severity: str, why: str, origin: str, on_figures: bool = False):
+    """Adds the decorated test to RULES."""
+    def register(test):
+        RULES.append(Rule(id, severity, why, origin, on_figures, test))
+        return test
+    return register
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading a folder
+
+def role_of(log: Path, folder: Path) -> str:
+    """`record`, `baseline`, `failed`, or the name of another folder that the log lies in."""
+    parts = log.relative_to(folder).parts
+    for pattern, role in ((FAILED, "failed"), (BASELINE, "baseline")):
+        if any(pattern.match(part) for part in parts):
+            return role
+    return parts[0] if len(parts) > 1 and parts[0].lower() not in ("log", "logs", "run", "runs") else "record"
+
+
+def read_folder(path: Path) -> Folder:
+    """Everything `check` looks at; damaged logs become sentences. Raises RecordError if there is no such folder."""
+    if not path.is_dir():
+        raise RecordError(f"{path} is not a folder: name a record's folder.")
+    readmes = sorted(file for file in path.iterdir() if file.name.lower() in ("readme.md", "readme.txt", "readme"))
+    folder = Folder(path, readmes[0].read_text(encoding="utf-8", errors="replace").strip() if readmes else "")
+    folder.scripts = sorted(path.rglob("*.py"))
+    roles: dict[str, list[Run]] = {}
+    for log in find_logs(path):
+        try:
+            roles.setdefault(role_of(log, path), []).append(read_log(log))
+        except RecordError as error:
+            folder.unreadable.append(str(error))
+    folder.baseline, folder.failed = roles.pop("baseline", []), roles.pop("failed", [])
+    folder.record = roles.pop("record", None) or list(chain(*roles.values()))
+    folder.other = [run for run in chain(*roles.values()) if run not in folder.record]
+    if not folder.logs and not folder.unreadable:
+        read_figures_only(folder)
+    return folder
+
+
+def read_figures_only(folder: Folder) -> None:
+    """Fills in what is published in place of logs: published.json, otherwise the losses that the README lists."""
+    if (folder.path / "published.json").exists():
+        folder.record, folder.published = read_published(folder.path / "published.json")
+    elif folder.readme:
+        losses = figures.listed_losses(folder.readme, TARGET)
+        if losses:
+            folder.published = {"val_loss": losses}
+            folder.record = [Run.of_figures(folder.path, loss) for loss in losses]
+
+
+def final_losses(runs: list[Run]) -> list[float]:
+    """Of the runs that have one."""
+    return [run.final_loss for run in runs if run.finished and math.isfinite(run.final_loss)]
+
+
+def shown(items: Iterable) -> str:
+    """The first few of many."""
+    items = [str(item) for item in items]
+    more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
+    return ", ".join(items[:SHOWN]) + more
+
+
+def name_of(run: Run) -> str:
+    return run.path.name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is there
+
+@rule("readme", "error", "A claim needs its words: what changed, against which baseline.",
+      "records/README.md, how to submit", on_figures=True)
+def has_readme(folder, limits):
+    return [] if folder.readme else ["there is no README.md, or it is empty"]
+
+
+@rule("readable", "error", "A log that cannot be read proves nothing.", "records/README.md, rule 6")
+def all_readable(folder, limits):
+    return folder.unreadable
+
+
+@rule("finished", "error", "A run without a final loss cannot count, and leaving it out would choose among runs; "
+      "keep crashed ones in failed/.", "records/README.md, rule 7")
+def all_finished(folder, limits):
+    problems = [f"{name_of(run)} ends at step {run.last_step} of {run.num_iterations}"
+                for run in folder.record + folder.baseline if not run.finished]
+    return problems + [f"{name_of(run)} ends with loss {run.final_loss}" for run in folder.record + folder.baseline
+                       if run.finished and not math.isfinite(run.final_loss)]
+
+
+@rule("all-counted", "error", "A finished run of the record's script outside the record's runs was left out.",
+      "records/README.md, rule 7; logs that were not among the listed runs")
+def none_left_out(folder, limits):
+    sources = {run.source for run in folder.record if run.source}
+    return [f"{run.path.relative_to(folder.path)} is a finished run of the record's script"
+            for run in folder.failed + folder.other + folder.baseline
+            if run.finished and run.source in sources and same_constants(run, folder.record[0])]
+
+
+@rule("unique", "error", "A run counted twice feigns evidence.", "the field: runs counted twice", on_figures=True)
+def no_run_twice(folder, limits):
+    runs = [run for run in folder.record + folder.baseline + folder.other if run.finished]
+    finals = Counter((f"{run.final_loss:.6f}", f"{run.train_seconds:.3f}") for run in runs
+                     if math.isfinite(run.train_seconds))
+    problems = [f"loss {loss} after {seconds} s occurs {count} times" for (loss, seconds), count in finals.items()
+                if count > 1]
+    ids = Counter() if folder.published else Counter(run.path.stem for run in runs)
+    return problems + [f"run id {id} occurs {count} times" for id, count in ids.items() if count > 1]
+
+
+@rule("seeds", "error", "Runs of one seed are not independent samples.", "the t-test's assumption")
+def seeds_differ(folder, limits):
+    seeds = [run.constants["drawn seed"] for run in folder.record if "drawn seed" in run.constants]
+    return [f"seed {seed} was used {count} times" for seed, count in Counter(seeds).items() if count > 1] \
+        if seeds else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+@rule("target-t", "error", f"The mean of all runs must be below the target with p < {ALPHA} (one-sided t-test).",
+      "records/README.md, rule 1", on_figures=True)
+def t_test_passes(folder, limits):
+    if not folder.counted:
+        return None
+    test = test_of(folder, limits)
+    if test.mean > limits.target:
+        return [f"mean loss {test.mean:.6f} is above {limits.target}" + (
+            ": the short track's target? then check with --target 3.28" if 3.2 < test.mean < 3.3 else "")]
+    if test.n < 2:
+        return [f"one run ({test.mean:.6f}) is no test: {test.runs_needed or 'more'} are needed"]
+    if math.isnan(test.t):
+        return [f"all {test.n} losses are equal ({test.mean:.6f}): independent runs differ"]
+    return [] if test.t_p < ALPHA else [f"mean {test.mean:.6f}, n = {test.n}: p = {format_p(test.t_p)} is not below "
+                                        f"{ALPHA}"]
+
+
+@rule("target-z", "warning", "Few runs that happen to agree pass a t-test at any margin; the field's pooled sigma does "
+      "not.", "the field: records of n = 2", on_figures=True)
+def z_test_passes(folder, limits):
+    if not folder.counted:
+        return None
+    test = test_of(folder, limits)
+    return [] if test.z_p < ALPHA else [f"with sigma {limits.sigma:g}: z = {test.z:.2f}, p = {format_p(test.z_p)} is "
+                                        f"not below {ALPHA}"]
+
+
+@rule("n-needed", "note", f"The runs that pass with {POWER:.0%} power at this margin: fewer, and luck decided.",
+      "planning by power", on_figures=True)
+def enough_runs(folder, limits):
+    if not folder.counted:
+        return None
+    test = test_of(folder, limits)
+    margin = limits.target - test.mean
+    if margin <= 0:
+        return ["no number of runs suffices: the mean is not below the target"]
+    needed = runs_needed(margin, limits.sigma)
+    return [] if needed and test.n >= needed else [f"margin {margin:.6f} at sigma {limits.sigma:g} needs "
+                                                   f"{needed or 'too many'} runs, here are {test.n}"]
+
+
+def test_of(folder: Folder, limits: Limits) -> TargetTest:
+    return against_target([run.final_loss for run in folder.counted], limits.target, limits.sigma)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The README against the logs
+
+def known_values(folder: Folder) -> tuple[list[float], list[float]]:
+    """Losses and seconds that the folder's own data give: of runs, of their groups' statistics, along the curves."""
+    groups = [folder.record, folder.baseline, folder.record + folder.baseline, folder.other, folder.failed]
+    losses, seconds = [], []
+    for group in groups:
+        by_step: dict[int, list] = {}
+        for validation in chain(*(run.validations for run in group)):
+            by_step.setdefault(validation.step, []).append((validation.loss, validation.train_ms / 1000))
+        for points in by_step.values():
+            for values, column in zip((losses, seconds), np.array(points).T):
+                values += [*column, column.mean(), np.median(column)]
+        finals = final_losses(group)
+        if len(finals) > 1:
+            test = against_target(finals)
+            losses += [test.low, test.high, test.mean - test.std, test.mean + test.std]
+    published = [float(text) for text in re.findall(r"\d+\.?\d*", json.dumps(folder.published or {}))]
+    seconds += [value / scale for value in published for scale in (1, 1000)]
+    return losses + published, seconds
+
+
+def unmatched(folder: Folder, listed: bool, target: float) -> list[str]:
+    """Losses and run times of the README that the folder's data do not give."""
+    runs = folder.record + folder.baseline
+    losses, seconds = known_values(folder)
+    problems = {"loss": [], "time": []}
+    for figure in figures.read_figures(folder.readme):
+        if figure.listed != listed:
+            continue
+        scale = figures.time_scale(figure, [run.train_seconds for run in runs if run.finished])
+        if figures.is_loss(figure, final_losses(runs), target):
+            if not any(figure.rounds(loss) for loss in losses):
+                problems["loss"].append(figure.text)
+        elif scale and not any(figure.rounds(value, scale) for value in seconds):
+            problems["time"].append(figure.text)
+    source = "published.json" if folder.published else "log here"
+    return [f"{kind} {shown(texts)}: no {source} gives {'it' if len(texts) == 1 else 'them'}"
+            for kind, texts in problems.items() if texts]
+
+
+def comparable(folder: Folder) -> bool:
+    return bool(folder.readme and folder.counted and not set(folder.published or ()) == {"val_loss"})
+
+
+@rule("readme-has-runs", "error", "Every run's loss, and its time or the mean time, stands in the README: all runs "
+      "count.", "records/README.md, rule 7; the field: logs not among the listed runs", on_figures=True)
+def readme_lists_every_run(folder, limits):
+    if not comparable(folder):
+        return None
+    stated = figures.read_figures(folder.readme)
+    losses = [f for f in stated if figures.is_loss(f, [run.final_loss for run in folder.counted], limits.target)]
+    missing = [f"{run.final_loss:.6f}" for run in folder.counted if not any(f.rounds(run.final_loss) for f in losses)]
+    problems = [f"loss {shown(missing)} of {len(missing)} runs is not in the README"] if missing else []
+    if not missing and len(losses) < len(folder.counted):
+        problems.append(f"the README states {len(losses)} losses, the folder holds {len(folder.counted)} runs")
+    seconds = [run.train_seconds for run in folder.counted if math.isfinite(run.train_seconds)]
+    if seconds:
+        times = [(f, scale) for f in stated if (scale := figures.time_scale(f, seconds))]
+        absent = [s for s in seconds if not any(f.rounds(s, scale) for f, scale in times)]
+        if absent and not any(f.rounds(np.mean(seconds), scale) for f, scale in times):
+            problems.append(f"neither the mean train time {np.mean(seconds):.3f} s nor every run's is in the README")
+    return problems
+
+
+@rule("readme-from-logs", "error", "A run, count or p-value that the README lists but the logs do not give cannot be "
+      "verified.", "the field: one log under a list of thirty runs", on_figures=True)
+def readme_states_nothing_else(folder, limits):
+    if not comparable(folder):
+        return None
+    problems = unmatched(folder, True, limits.target)
+    runs, test = len(folder.counted), test_of(folder, limits)
+    counts = figures.stated_counts(folder.readme)
+    if counts and runs not in counts:
+        problems.append(f"the README speaks of {shown(sorted(counts))} runs, there are {runs}")
+    p_values = figures.stated_p_values(folder.readme)
+    computed = [p for p in (test.t_p, test.z_p) if not math.isnan(p)]
+    if p_values and not any(figures.p_rounds(text, p) for text, _ in p_values for p in computed):
+        problems.append(f"the README's p = {shown(text for text, _ in p_values)} is not the runs' "
+                        f"(t-test {format_p(test.t_p)}, z-test {format_p(test.z_p)})")
+    return problems
+
+
+@rule("readme-prose", "warning", "A loss or time in the text that no log gives needs its source beside it.",
+      "records/README.md, rule 5", on_figures=True)
+def prose_is_sourced(folder, limits):
+    return unmatched(folder, False, limits.target) if comparable(folder) else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What ran
+
+def same_constants(a: Run, b: Run) -> bool:
+    """Whether the constants that our logs print agree, but for the seed and where the data lie."""
+    differing = {name for name, _ in a.constants.items() ^ b.constants.items()}
+    return differing <= {"drawn seed", "data_dir", "shards"}
+
+
+@rule("one-source", "error", "Runs of different scripts are no sample of one.", "records/README.md, rule 6")
+def all_of_one_source(folder, limits):
+    problems = []
+    for role, runs in (("record", folder.record), ("baseline", folder.baseline)):
+        sources = Counter("\n".join(line.rstrip() for line in run.source.splitlines()) for run in runs)
+        if len(sources) > 1:
+            problems.append(f"the {role}'s {len(runs)} runs have {len(sources)} different sources")
+        elif any(not same_constants(run, runs[0]) for run in runs):
+            names = {name for run in runs for name, _ in run.constants.items() ^ runs[0].constants.items()}
+            problems.append(f"the {role}'s runs differ in the constants {shown(sorted(names - {'drawn seed'}))}")
+    return problems
+
+
+@rule("one-step-count", "error", "Runs of different lengths are no sample of one.", "records/README.md, rule 1")
+def all_of_one_length(folder, limits):
+    return [f"the {role}'s runs have {shown(sorted(counts))} steps" for role, runs in
+            (("record", folder.record), ("baseline", folder.baseline))
+            if len(counts := {run.num_iterations for run in runs}) > 1]
+
+
+def local_modules(source: str) -> dict[str, list[str]]:
+    """Modules that a source imports, neither Python's nor known packages, with the names taken from them."""
+    modules: dict[str, list[str]] = {}
+    for match in re.finditer(r"^[ \t]*(?:from[ \t]+(\.*[\w.]*)[ \t]+import[ \t]+(\([^)]*\)|[^\n#;]+)|"
+                             r"import[ \t]+([\w., \t]+?))[ \t]*(?:[#;].*)?$", source, re.M):
+        if match[3]:
+            for part in match[3].split(","):
+                modules.setdefault(part.split(" as ")[0].strip().split(".")[0], [])
+        else:
+            names = re.sub(r"#[^\n]*", "", match[2]).strip("() \t\n").split(",")
+            modules.setdefault(match[1].split(".")[0] or match[1], []).extend(
+                name.split(" as ")[0].strip() for name in names if name.strip())
+    return {name: names for name, names in modules.items()
+            if name and name not in PACKAGES and name not in sys.stdlib_module_names}
+
+
+@rule("source-complete", "error", "A log must hold every line that ran: the script and each local module that it "
+      "imports.", "records/README.md, rule 6; the field: kernels missing from the log")
+def source_is_complete(folder, limits):
+    problems = []
+    for source, runs in group_by(folder.record + folder.baseline, lambda run: run.source):
+        if not re.search(r"^\s*(import|from) ", source, re.M):
+            problems.append(f"{shown(map(name_of, runs))}: the log holds no source")
+        for module, names in local_modules(source).items():
+            header = re.search(rf"^\W*(?:[\w./]*/)?{re.escape(module)}\.py\b", source, re.M)
+            defined = names and all(re.search(rf"^\s*(?:(?:async )?def|class) {re.escape(name)}\b|"
+                                              rf"^{re.escape(name)}\s*(?::.*)?=", source, re.M) for name in names)
+            if not header and not defined:
+                problems.append(f"{shown(map(name_of, runs))}: imports {module}, whose source is not in the log")
+    return problems
+
+
+def group_by(runs: list[Run], key: Callable) -> list[tuple]:
+    """(key, runs) pairs in the order of their first run."""
+    groups: dict = {}
+    for run in runs:
+        groups.setdefault(key(run), []).append(run)
+    return list(groups.items())
+
+
+@rule("scripts", "warning", "A training script beside the logs must be the one that ran.",
+      "records/README.md, rule 6")
+def scripts_are_those_of_the_logs(folder, limits):
+    sources = ["\n".join(line.rstrip() for line in run.source.splitlines()) for run in folder.logs]
+    problems = []
+    for path in folder.scripts:
+        text = path.read_text(encoding="utf-8", errors="replace")
+        stripped = "\n".join(line.rstrip() for line in text.splitlines()).strip("\n")
+        if "val_loss:" in text and "train_time:" in text and not any(stripped in source for source in sources):
+            problems.append(f"{path.relative_to(folder.path)} is not the source of any log")
+    return problems if folder.scripts else None
+
+
+@rule("compile-flags", "error", "Inductor flags and torch.compile modes buy time that is not the idea's.",
+      "modded-nanogpt's rules: no extra torch._inductor.config or torch.compile flags")
+def no_extra_compile_flags(folder, limits):
+    problems = []
+    for source, runs in group_by(folder.record, lambda run: run.source):
+        code = re.sub(r"#[^\n]*", "", source)
+        aliases = re.findall(r"import torch\._inductor\.config as (\w+)", code) + (
+            ["config"] if re.search(r"from torch\._inductor import config\b", code) else [])
+        prefix = "|".join([r"torch\._inductor\.config", r"inductor_config", *aliases])
+        flags = set(re.findall(rf"\b(?:{prefix})\.([\w.]+)\s*=(?!=)", code)) - ALLOWED_COMPILE_FLAGS
+        flags |= {f"{name}=" for call in re.findall(r"\bcompile\(((?:[^()]|\([^()]*\))*)\)", code)
+                  for name in FORBIDDEN_COMPILE_ARGUMENTS if re.search(rf"\b{name}\s*=(?!=)", call)}
+        flags |= set(re.findall(r"TORCHINDUCTOR_\w+", code))
+        if flags:
+            problems.append(f"{shown(map(name_of, runs))}: {shown(sorted(flags))}")
+    return problems
+
+
+def val_tokens(run: Run) -> int | None:
+    """Validation tokens by our log's constant, or by the assignment in the source; None if neither shows."""
+    text = run.constants.get("val_tokens")
+    if text is None:
+        match = re.search(r"^\s*(?:\w+\.)?val_tokens\s*(?::\s*\w+\s*)?=\s*([\d_* ()]+?)\s*(?:#.*)?$", run.source, re.M)
+        text = match[1] if match else ""
+    factors = [part.strip(" ()") for part in text.split("*")]
+    return math.prod(map(int, factors)) if all(factor.replace("_", "").isdigit() for factor in factors) else None
+
+
+@rule("val-tokens", "error", f"The loss is defined on {VAL_TOKENS:,} validation tokens.", "records/README.md, rule 1")
+def whole_validation_set(folder, limits):
+    return [f"{shown(map(name_of, runs))}: " + (f"{tokens:,} tokens" if tokens else "the log does not show how many")
+            for tokens, runs in group_by(folder.record + folder.baseline, val_tokens) if tokens != VAL_TOKENS]
+
+
+@rule("data", "error", "Losses on synthetic tokens mean nothing.", "records/README.md, rule 4")
+def real_data(folder, limits):
+    return [f"{name_of(run)} trained on synthetic shards" for run in folder.record
+            if "SYNTHETIC" in run.constants.get("shards", "")]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where it ran, and the clock
+
+@rule("gpus", "error", "The task is the time on 8 GPUs of one kind.", "records/README.md, the target")
+def eight_gpus(folder, limits):
+    return [f"{shown(map(name_of, runs))}: " + ("the log shows no GPUs" if hardware == "unknown" else hardware)
+            for hardware, runs in group_by(folder.record, lambda run: run.environment.hardware)
+            if len(set(runs[0].environment.gpus)) != 1 or len(runs[0].environment.gpus) != NUM_GPUS]
+
+
+@rule("one-environment", "error", "Another driver, torch, CUDA or GPU changes the speed: all runs share one.",
+      "records/README.md, rule 5; the field: a torch upgrade mistaken for an idea")
+def one_environment(folder, limits):
+    values = {name: Counter(getattr(run.environment, name) or "none shown" for run in folder.record)
+              for name in ("hardware", "driver", "torch", "cuda")}
+    return [f"{name}: {shown(f'{value} ({count} runs)' for value, count in counts.items())}"
+            for name, counts in values.items() if len(counts) > 1 or "none shown" in counts]
+
+
+@rule("times", "error", "A clock that runs backwards, skips steps or contradicts its own average was edited or reset.",
+      "records/README.md, rule 2")
+def clock_is_consistent(folder, limits):
+    return [f"{name_of(run)}: {problem}" for run in folder.record + folder.baseline for problem in clock_problems(run)]
+
+
+def clock_problems(run: Run) -> list[str]:
+    """What contradicts itself among a log's times."""
+    points = sorted([*((s, ms) for s, ms in run.step_ms if math.isfinite(ms)),
+                     *((v.step, v.train_ms) for v in run.validations if math.isfinite(v.train_ms))])
+    if not points:
+        return ["the log has no train times"]
+    problems = [f"time decreases after step {step}" for (step, ms), (_, later) in zip(points, points[1:])
+                if later < ms and step > run.clock_start][:1]
+    steps = [step for step, _ in run.step_ms]
+    strides = np.diff([0, *steps, *([run.num_iterations + 1] if run.finished else [])])
+    if len(steps) > 1 and strides.max() > np.median(strides):  # some scripts log every tenth step only
+        gap = int(strides.argmax())
+        problems.append(f"step lines are missing after step {([0] + steps)[gap]}")
+    if run.step_ms and run.finished and len(steps) > 1:
+        total, last = run.validations[-1].train_ms, run.step_ms[-1][1]
+        # Step lines do not wait for the GPU, which may be a few steps behind.
+        if abs(total - last) > max(5 * total / run.num_iterations, 2):
+            problems.append(f"the steps sum to {last:.0f} ms, the total is {total:.0f} ms")
+    for v in run.validations:
+        # Half a unit of the printed total, and of the printed average times the steps.
+        allowed = 0.51 + 0.0051 * v.step
+        average = math.nan if v.step_avg_ms is None else v.step_avg_ms
+        if v.step > run.clock_start and abs(average * (v.step - run.clock_start) - v.train_ms) > allowed:
+            problems.append(f"at step {v.step} {average} ms a step is not {v.train_ms:.0f} ms in all")
+            break
+    return problems
+
+
+@rule("baseline", "warning", "Without a baseline on the same hardware and torch the speed claim is uncontrolled.",
+      "records/README.md, rule 5")
+def baseline_is_comparable(folder, limits):
+    runs = [run for run in folder.baseline if run.finished]
+    if not runs:
+        return ["there are no finished runs of a baseline (a folder baseline/): the speed claim is uncontrolled"]
+    pairs = {name: ({getattr(run.environment, name) for run in folder.record},
+                    {getattr(run.environment, name) for run in runs}) for name in ("hardware", "torch", "driver")}
+    return [f"{name} differs: {shown(sorted(ours))} against the baseline's {shown(sorted(theirs))}"
+            for name, (ours, theirs) in pairs.items() if not theirs <= ours]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The verdict
+
+def apply_rules(folder: Folder, limits: Limits) -> list[Finding]:
+    findings = []
+    for rule in RULES:
+        messages = None
+        if rule.on_figures or folder.logs or folder.unreadable and rule.id == "readable":
+            messages = rule.test(folder, limits)
+        status = "not applicable" if messages is None else "broken" if messages else "ok"
+        findings.append(Finding(rule, status, messages or []))
+    return findings
+
+
+def verdict_of(folder: Folder, findings: list[Finding]) -> str:
+    """One line. Errors come first; published figures are never better than unverified."""
+    broken = Counter(finding.rule.severity for finding in findings if finding.status == "broken")
+    errors = f"{broken['error']} error{'s' * (broken['error'] != 1)}"
+    if folder.published:
+        return "figures only, cannot be verified" + (f"; {errors} in the figures" if broken["error"] else "")
+    if not folder.logs:
+        return "nothing to judge: no log can be read" if folder.unreadable else "nothing to judge: no logs, no figures"
+    if not folder.counted:
+        return "unfinished: no run of the record has a final loss"
+    if broken["error"]:
+        return f"does not hold: {errors}"
+    return f"holds, with {broken['warning']} warnings" if broken["warning"] else "holds: every rule is kept"
+
+
+def has_errors(folder: Folder, findings: list[Finding]) -> bool:
+    errors = any(f.status == "broken" and f.rule.severity == "error" for f in findings)
+    return errors or not (folder.counted or folder.published)
+
+
+def describe_statistics(folder: Folder, limits: Limits) -> dict:
+    """The record's figures by its runs, as plain values; empty without a finished run."""
+    if not folder.counted:
+        return {}
+    test = test_of(folder, limits)
+    seconds = [run.train_seconds for run in folder.counted]
+    environments = sorted({run.environment.hardware for run in folder.counted})
+    return asdict(test) | {
+        "margin": limits.target - test.mean, "target": limits.target, "sigma": limits.sigma,
+        "train_seconds_mean": float(np.mean(seconds)),
+        "train_seconds_std": float(np.std(seconds, ddof=1)) if len(seconds) > 1 else math.nan,
+        "hardware": environments, "torch": sorted({run.environment.torch for run in folder.counted}),
+        "num_iterations": sorted({run.num_iterations for run in folder.counted}), "baseline_runs": len(folder.baseline),
+        "failed_runs": len(folder.failed), "other_runs": len(folder.other)}
+
+
+def check(path: Path, limits: Limits, as_json: bool) -> int:
+    """Prints the report; 0 if no rule of severity error is broken, otherwise 1."""
+    folder = read_folder(path)
+    findings = apply_rules(folder, limits)
+    statistics, verdict = describe_statistics(folder, limits), verdict_of(folder, findings)
+    if as_json:
+        rules = [{"id": f.rule.id, "severity": f.rule.severity, "status": f.status, "messages": f.messages,
+                  "why": f.rule.why, "origin": f.rule.origin} for f in findings]
+        print(format_json({"folder": str(path), "verdict": verdict, "statistics": statistics, "rules": rules}))
+    else:
+        print(report(folder, findings, statistics, verdict))
+    return int(has_errors(folder, findings))
+
+
+def report(folder: Folder, findings: list[Finding], statistics: dict, verdict: str) -> str:
+    lines = [f"{folder.path}: {verdict}", ""]
+    if statistics:
+        s = statistics
+        needed = s["runs_needed"] or "no number"
+        lines += [format_table([
+            ["runs", f"{s['n']} (baseline {s['baseline_runs']}, failed {s['failed_runs']}, other {s['other_runs']})"],
+            ["loss", f"{s['mean']:.6f} nats/token" if s["n"] < 2 else
+             f"{s['mean']:.6f} +- {s['std']:.6f} nats/token, 95 % interval {s['low']:.6f} to {s['high']:.6f}"],
+            ["train time", f"{s['train_seconds_mean']:.3f} s" if s["n"] < 2 else
+             f"{s['train_seconds_mean']:.3f} +- {s['train_seconds_std']:.3f} s"],
+            [f"t-test, mean <= {s['target']}", f"t = {s['t']:.2f}, p = {format_p(s['t_p'])}"
+             if math.isfinite(s["t"]) else "none: it needs runs that differ"],
+            [f"z-test, sigma {s['sigma']:g}", f"z = {s['z']:.2f}, p = {format_p(s['z_p'])}"],
+            [f"runs needed for p < {ALPHA}", f"{needed} at this margin ({s['margin']:.6f}), {POWER:.0%} power"]]), ""]
+    broken = [finding for finding in findings if finding.status == "broken"]
+    if broken:
+        lines += [format_table([[f.rule.severity, f.rule.id, message] for f in broken for message in f.messages]), "",
+                  *(f"  {f.rule.id}: {f.rule.why} [{f.rule.origin}]" for f in broken), ""]
+    for status in ("ok", "not applicable"):
+        ids = [finding.rule.id for finding in findings if finding.status == status]
+        if ids:
+            lines.append(f"{status}: {', '.join(ids)}")
+    return "\n".join(lines)

@@ -1,0 +1,125 @@
+"""Records one can trust: judge, compare, follow, draw, plan, run and file training runs, from their logs alone.
+
+    python records/records.py check records/2025-11-02_SmearMTP    # the rules of a record, one by one
+    python records/records.py compare A B                          # loss, time, fewer steps or faster steps
+    python records/records.py power                                # how many runs a margin needs
+
+A, B and DIR are logs or folders of logs. `COMMAND --help` says more. Needs records/requirements.txt, no torch, no GPU.
+"""
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import audit
+import campaign
+import comparison
+import filing
+import follow
+import power
+from inference import ALPHA, POOLED_SIGMA, POWER, TARGET
+from run_log import RecordError
+from tables import format_json
+
+
+def add_command(commands, name: str, run, help: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def plot_figures(args) -> None:
+    from plots import draw  # loads matplotlib, which the other commands can do without
+    first = args.paths[0]
+    written = draw(args.paths, args.out or (first if first.is_dir() else first.parent) / "figures")
+    print(format_json({"figures": [str(path) for path in written]}) if args.json else "\n".join(map(str, written)))
+
+
+def parse(argv):
+    """The arguments; `run` among them is the chosen command, a function of them all that returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    check = add_command(commands, "check", lambda args: audit.check(args.folder, audit.Limits(args.target, args.sigma),
+                                                                    args.json),
+                        "judge a record's folder by every rule; exit status 1 if an error is found")
+    check.add_argument("folder", type=Path)
+    check.add_argument("--target", type=float, default=TARGET, help="nats/token (%(default)s)")
+    check.add_argument("--sigma", type=float, default=POOLED_SIGMA, help="of the z-test (%(default)s)")
+
+    compare = add_command(commands, "compare", lambda args: comparison.compare(args.a, args.b, args.json),
+                          "compare two sets of runs: loss, time, fewer steps and faster steps")
+    compare.add_argument("a", type=Path, metavar="A", help="a log, or a folder of logs: the baseline")
+    compare.add_argument("b", type=Path, metavar="B")
+
+    following = add_command(commands, "follow", lambda args: follow.follow(
+        args.log, args.reference, args.once, args.every, args.patience, args.json),
+        "hold a live or finished log against reference runs; exit status 1 if it leaves their band")
+    following.add_argument("log", type=Path)
+    following.add_argument("--reference", type=Path, default=follow.PUBLISHED,
+                           help="a folder of logs (default: the published mean curve)")
+    following.add_argument("--once", action="store_true", help="do not wait for more of a live log")
+    following.add_argument("--every", type=float, default=5.0, help="seconds between looks (%(default)s)")
+    following.add_argument("--patience", type=float, default=600.0,
+                           help="seconds without growth after which to stop (%(default)s)")
+
+    plot = add_command(commands, "plot", plot_figures, "draw loss, ms/step, lambdas and final losses as PNG files")
+    plot.add_argument("paths", type=Path, nargs="+", metavar="RUNS",
+                      help="a log, a folder of logs, or published figures; others are compared with the first")
+    plot.add_argument("--out", type=Path, help="folder for the figures (default: figures/ in the first folder)")
+
+    add_planning_commands(commands)
+    for command in commands.choices.values():
+        command.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    return parser.parse_args(argv)
+
+
+def add_planning_commands(commands) -> None:
+    """What comes before and after the runs: power, campaign, new."""
+    planning = add_command(commands, "power", lambda args: power.power(
+        args.margin, args.runs, args.sigma, args.alpha, args.power, args.json),
+        "runs that a margin needs to pass the t-test, and margins that a number of runs needs")
+    planning.add_argument("--margin", type=float, nargs="+", default=[], help="nats/token below the target")
+    planning.add_argument("-n", "--runs", type=int, nargs="+", default=[], help="numbers of runs")
+    planning.add_argument("--sigma", type=float, default=POOLED_SIGMA, help="between runs, nats/token (%(default)s)")
+    planning.add_argument("--alpha", type=float, default=ALPHA, help="one-sided (%(default)s)")
+    planning.add_argument("--power", type=float, default=POWER, help="chance to pass (%(default)s)")
+
+    running = add_command(commands, "campaign", lambda args: campaign.campaign(
+        args.a, args.b, args.runs, args.preset, args.out, args.json),
+        "run two scripts in turn (A B B A ...) through run.sh, keep every run, and compare them")
+    running.add_argument("a", metavar="A", help="a script, or CONSTANT=value[,CONSTANT=value] for train_gpt_medium.py")
+    running.add_argument("b", metavar="B", help="a script, or CONSTANT=value[,CONSTANT=value] for a copy of A's script")
+    running.add_argument("-n", "--runs", type=int, required=True, help="runs of each")
+    running.add_argument("--preset", default="medium", choices=("medium", "short", "tiny"), help="(%(default)s)")
+    running.add_argument("--out", type=Path, default=Path("logs") / time.strftime("campaign-%Y%m%d-%H%M%S"),
+                         help="a new folder for scripts, logs and consoles (default: logs/campaign-DATE-TIME)")
+
+    filing_new = add_command(commands, "new", lambda args: filing.new(
+        args.name, args.date, args.logs, args.baseline, args.what, args.json),
+        "make records/DATE_NAME from finished logs, with tables and figures; refresh the leaderboard; check")
+    filing_new.add_argument("name", metavar="NAME")
+    filing_new.add_argument("--logs", type=Path, nargs="+", required=True, help="logs or folders: all runs")
+    filing_new.add_argument("--baseline", type=Path, nargs="+", default=[], help="logs or folders of the baseline")
+    filing_new.add_argument("--what", required=True, help="what changed and why: the README's first section")
+    filing_new.add_argument("--date", default=time.strftime("%Y-%m-%d"), help="YYYY-MM-DD (default: today)")
+
+
+def main(argv=None) -> int:
+    """Run one command; where it cannot be done, exit with status 2 and one sentence on stderr."""
+    args = parse(argv)
+    try:
+        status = args.run(args) or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except RecordError as error:
+        print(f"records.py: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,280 @@
+"""Reads the log of one training run: ours, and those of the modded-nanogpt project since late 2024.
+
+A log is the script's source, a line of =, versions and nvidia-smi, a line of =, then `step:125/5535 val_loss:4.263118
+train_time:28554ms step_avg:228.43ms` lines, with or without further fields, and the peak memory. Reading is liberal
+(4 or 6 decimals, train losses, steps without a clock, a last line cut short); judging is left to the rules of `audit`.
+"""
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+RULE_LINE = re.compile(r"^={60,}\s*$", re.M)
+STEP_LINE = re.compile(r"^\s*step:\s*(\d+)/(\d+)\s+(\S.*)$")
+FIELD = re.compile(r"([A-Za-z_]\w*):\s*(\S+)")
+NUMBER = re.compile(r"([-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|nan|inf))(ms|s)?$", re.I)
+# llm.c's lines: one run of 2024 was logged by them.
+LLM_C_LINE = re.compile(r"^s:\d+ (?:tel|trl):", re.M)
+SCHEDULE_MAX_WINDOW = 3456  # tokens, where the log does not say
+BLOCK_TOKENS = 128
+NOT_LOGS = ("requirements", "readme", "license", "citation")
+
+
+class RecordError(Exception):
+    """Something the user can put right: shown as one sentence, without a traceback."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One validation line. `train_ms` is nan in logs without a clock, `step_avg_ms` None if it is not printed."""
+    step: int
+    loss: float
+    train_ms: float
+    step_avg_ms: float | None = None
+    extras: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What the log says about the machine; empty where it is silent."""
+    python: str = ""
+    torch: str = ""
+    cuda: str = ""
+    driver: str = ""
+    gpus: tuple[str, ...] = ()
+
+    @property
+    def hardware(self) -> str:
+        """For example `8x H100 80GB HBM3`."""
+        if not self.gpus:
+            return "unknown"
+        return " + ".join(f"{self.gpus.count(kind)}x {kind.removeprefix('NVIDIA ')}" for kind in sorted(set(self.gpus)))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One log. `step_ms` are (step, cumulative train ms) of the step lines, in the order of the file."""
+    path: Path
+    num_iterations: int
+    validations: list[Validation]
+    step_ms: list[tuple[int, float]] = field(default_factory=list)
+    source: str = ""
+    environment: Environment = Environment()
+    constants: dict[str, str] = field(default_factory=dict)  # our logs print every constant and the seed
+    peak_memory_mib: int | None = None
+
+    @classmethod
+    def of_figures(cls, path: Path, loss: float, seconds: float = math.nan, num_iterations: int = 0,
+                   environment: Environment = Environment()) -> "Run":
+        """A run of which only the final loss and time are published."""
+        return cls(path, num_iterations, [Validation(num_iterations, loss, 1000 * seconds)], environment=environment)
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.validations) and self.validations[-1].step == self.num_iterations
+
+    @property
+    def last_step(self) -> int:
+        return max([step for step, _ in self.step_ms[-1:]] + [v.step for v in self.validations[-1:]], default=0)
+
+    @property
+    def final_loss(self) -> float:
+        return self.validations[-1].loss
+
+    @property
+    def train_seconds(self) -> float:
+        return self.validations[-1].train_ms / 1000
+
+    @property
+    def clock_start(self) -> int:
+        """Steps before the clock: the scripts of 2024 set it to 0 after ten warm-up steps, with averages of nan."""
+        first = self.validations[0].step_avg_ms if self.validations else None
+        return 10 if first is not None and math.isnan(first) and self.num_iterations > 10 else 0
+
+    @property
+    def max_window(self) -> int:
+        """Tokens at the end of the schedule: the log's own constant, otherwise the record's."""
+        value = self.constants.get("max_window", "")
+        return int(value) if value.isdigit() else SCHEDULE_MAX_WINDOW
+
+    def window_blocks(self) -> np.ndarray:
+        """Long window of every step in blocks of 128 tokens, [num_iterations]: SPEC's 4p^3 - 6p^2 + 3p, rounded up."""
+        p = np.arange(self.num_iterations) / self.num_iterations
+        tokens = self.max_window * (4 * p ** 3 - 6 * p ** 2 + 3 * p)
+        return np.maximum(1, np.ceil(tokens / BLOCK_TOKENS)).astype(int)
+
+    def step_durations(self) -> np.ndarray:
+        """Milliseconds of every step, [num_iterations], nan where the log does not tell.
+
+        Step lines are written without waiting for the GPU, so single steps jitter while sums hold; validations are
+        exact and overrule them. Between points further apart than one step the time is spread evenly.
+        """
+        points = dict(self.step_ms) | {v.step: v.train_ms for v in self.validations}
+        start = self.clock_start
+        points = {start: 0.0} | {step: ms for step, ms in points.items() if step > start and math.isfinite(ms)}
+        durations = np.full(self.num_iterations, math.nan)
+        steps = sorted(points)
+        for begin, end in zip(steps, steps[1:]):
+            durations[begin:end] = (points[end] - points[begin]) / (end - begin)
+        return durations
+
+
+def parse_number(text: str) -> float | None:
+    """`228.43ms`, `3.5s` (to ms) or a bare number; None if it is something else."""
+    match = NUMBER.match(text.rstrip(",;|"))
+    if not match:
+        return None
+    return float(match[1]) * (1000 if match[2] == "s" else 1)
+
+
+def read_text(path: Path) -> str:
+    """The text of a log. Raises RecordError if there is none."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read ({error.strerror}): name a log.") from error
+    if not data.strip():
+        raise RecordError(f"{path} is empty: copy the log again.")
+    if b"\0" in data:
+        raise RecordError(f"{path} is not a text file: copy the log again.")
+    return data.decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
+
+
+def split_sections(text: str) -> tuple[str, str, str]:
+    """Source, environment and the rest: the parts between lines of =; the environment is the first that states a
+    version or a driver. Logs of 2024 begin with such a line, newer ones may hold several sources."""
+    parts = RULE_LINE.split(text)
+    is_environment = [bool(re.search(r"^Running py|^\| NVIDIA-SMI", part, re.M | re.I)) for part in parts]
+    if len(parts) == 1 or not any(is_environment[1:]):
+        first = re.search(r"^\s*step:\s*\d+/\d+\s", text, re.M)
+        source = "".join(parts[:-1]) if len(parts) > 1 else text[:first.start() if first else len(text)]
+        return source.strip("\n"), "", parts[-1]
+    index = is_environment.index(True, 1)
+    return "".join(parts[:index]).strip("\n"), parts[index], "".join(parts[index + 1:] or parts[index:])
+
+
+def parse_environment(text: str) -> Environment:
+    """Versions and the rows of nvidia-smi's table."""
+    def find(pattern: str) -> str:
+        match = re.search(pattern, text, re.M | re.I)
+        return match[1] if match else ""
+
+    gpus = re.findall(r"^\|\s+\d+\s+(?!N/A)(\S.*?)\s+(?:On|Off|N/A)\s*\|", text, re.M)
+    ranks = re.search(r"^on (\d+) x ([^(\n]+)", text, re.M)
+    if not gpus and ranks:
+        gpus = [ranks[2].strip()] * int(ranks[1])
+    return Environment(python=find(r"^Running Python ([\d.]+)"), torch=find(r"^Running PyTorch (\S+)"),
+                       cuda=find(r"compiled for CUDA (\S+)"), driver=find(r"Driver Version:\s*([\d.]+)"),
+                       gpus=tuple(gpus))
+
+
+def parse_constants(text: str) -> dict[str, str]:
+    """`name = value` lines of our logs, the seed that was drawn and where the shards came from."""
+    constants = dict(re.findall(r"^(\w+) = (.+)$", text, re.M))
+    for name, pattern in (("drawn seed", r"^seed drawn or given: (\d+)"), ("shards", r"^training shards: (.+)$")):
+        match = re.search(pattern, text, re.M)
+        if match:
+            constants[name] = match[1]
+    return constants
+
+
+def parse_lines(text: str, path: Path):
+    """(num_iterations, validations, step_ms) of the step lines. Raises RecordError where they contradict each other."""
+    totals: set[int] = set()
+    validations: list[Validation] = []
+    step_ms: list[tuple[int, float]] = []
+    lines = text.splitlines()
+    cut_short = not text.endswith("\n")
+    for number, line in enumerate(lines):
+        if not line.lstrip().startswith("step:"):
+            continue
+        match = STEP_LINE.match(line)
+        fields = dict(FIELD.findall(match[3])) if match else {}
+        values = {name: parse_number(value) for name, value in fields.items()}
+        known = [values.get(name) for name in ("val_loss", "train_time", "train_loss") if name in values]
+        if not known or None in known:
+            if cut_short and number == len(lines) - 1:
+                break  # a live log, or a copy that was cut
+            raise RecordError(f"{path} is damaged at {line[:60]!r}: copy the log again.")
+        step, total = int(match[1]), int(match[2])
+        totals.add(total)
+        train_ms = values.pop("train_time", math.nan)
+        previous = [v.step for v in validations[-1:]] if "val_loss" in values else [s for s, _ in step_ms[-1:]]
+        if previous and step <= previous[0]:
+            raise RecordError(f"{path} holds more than one run (step {step} follows step {previous[0]}): "
+                              f"keep one log a run.")
+        if "val_loss" in values:
+            loss, average = values.pop("val_loss"), values.pop("step_avg", None)
+            extras = {name: value for name, value in values.items() if value is not None}
+            validations.append(Validation(step, loss, train_ms, average, extras))
+        else:
+            step_ms.append((step, train_ms))
+    if not totals:
+        raise RecordError(f"{path} has no step lines: " + (
+            "llm.c wrote it (s:… tel:…), without train times and source, so it cannot be judged."
+            if LLM_C_LINE.search(text) else "it is no log of a run, or the run died before its first step."))
+    if len(totals) > 1 or max([s for s, _ in step_ms] + [v.step for v in validations]) > max(totals):
+        raise RecordError(f"{path} counts its steps to {', '.join(map(str, sorted(totals)))} and beyond: "
+                          f"keep one log a run.")
+    return totals.pop(), validations, step_ms
+
+
+def read_log(path: Path) -> Run:
+    """One log as a Run. Raises RecordError with one sentence if it is none."""
+    text = read_text(path)
+    source, environment, rest = split_sections(text)
+    num_iterations, validations, step_ms = parse_lines(rest, path)
+    peak = re.search(r"^peak memory\D*(\d+) MiB", rest, re.M)
+    return Run(path, num_iterations, validations, step_ms, source, parse_environment(environment),
+               parse_constants(environment), int(peak[1]) if peak else None)
+
+
+def is_log_name(path: Path) -> bool:
+    return path.suffix in (".txt", ".log") and not path.stem.lower().startswith(NOT_LOGS)
+
+
+def looks_like_log(path: Path) -> bool:
+    """Whether a file claims to be a log: by its name (a run id), or by what it holds. Damaged ones do too."""
+    if path.suffix == ".log" or re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", path.stem):
+        return True
+    try:
+        text = read_text(path)
+    except RecordError:
+        return True
+    return bool(re.search(r"^\s*step:\s*\d|^s:\d+ te?rl?:|^Running py|^={60,}\s*$", text, re.M | re.I))
+
+
+def find_logs(path: Path) -> list[Path]:
+    """The logs of a folder and of those below it, or the log itself. Raises RecordError if there is no such path."""
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file() and is_log_name(file) and looks_like_log(file))
+    if not path.exists():
+        raise RecordError(f"{path} does not exist: name a log or a folder of logs.")
+    return [path]
+
+
+def read_published(path: Path) -> tuple[list[Run], dict]:
+    """The runs of a published.json (final loss and time alone), and its content. Raises RecordError if damaged."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        record = data["smear_mtp"]
+        count, _, kind = record["hardware"].partition("x ")
+        environment = Environment(torch=record["torch"], gpus=(kind,) * int(count))
+        runs = [Run.of_figures(path, loss, seconds, record["num_iterations"], environment)
+                for loss, seconds in zip(record["val_loss"], record["train_time_s"], strict=True)]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise RecordError(f"{path} is damaged ({error!r}): restore it from git.") from error
+    return runs, data
+
+
+def read_runs(path: Path) -> list[Run]:
+    """All runs of a log, a folder of logs or a folder of published figures. Raises RecordError if there is none."""
+    logs = find_logs(path)
+    if logs:
+        return [read_log(log) for log in logs]
+    if (path / "published.json").exists():
+        return read_published(path / "published.json")[0]
+    raise RecordError(f"{path} holds no logs (*.txt, *.log): name a log or a folder of logs.")
