@@ -76,11 +76,9 @@ class Config:
     seed: int | None = None  # None draws one, so that runs are independent samples; the log names it
 
     def __post_init__(self):
-        if self.batch % (8 * self.micro_batch):
-            raise UserError(f"Config: batch {self.batch} is not a multiple of 8 micro-batches of {self.micro_batch}.")
-        if self.val_tokens % (8 * self.micro_tokens):
-            raise UserError(f"Config: val_tokens {self.val_tokens} is not a multiple of 8 micro-batches of "
-                            f"{self.micro_tokens} tokens.")
+        if self.batch % (8 * self.micro_batch) or self.val_tokens % (8 * self.micro_tokens):
+            raise UserError(f"Config: batch {self.batch} and val_tokens {self.val_tokens} must be multiples of 8 "
+                            f"micro-batches of {self.micro_batch} sequences of {self.seq_len} tokens.")
 
     @property
     def model_dim(self) -> int:
@@ -99,8 +97,8 @@ PRESETS = {config.preset: config for config in (
     Config(),
     # fp32: a CPU without AVX-512 multiplies bf16 matrices ten times slower. Narrow matrices bear a higher lr.
     Config(preset="tiny", data_dir="data/text", vocab_size=257, seq_len=128, micro_batch=2, batch=32, val_tokens=2**14,
-           num_layers=4, num_heads=2, head_dim=32, dtype=torch.float32, muon_lr=0.003, num_iterations=96,
-           cooldown_steps=32, val_every=16),
+           num_layers=4, num_heads=2, head_dim=32, dtype=torch.float32, muon_lr=0.003, num_iterations=64,
+           cooldown_steps=24, val_every=16),
 )}
 
 
@@ -382,18 +380,16 @@ def train_step(model: GPT, optimizer: Optimizer, micro_batches: list[tuple[Tenso
 def evaluate(model: GPT, shard: np.ndarray, step: int, world: World) -> float:
     """Mean loss in nats over the first val_tokens targets after `step` completed steps, the same on all ranks.
 
-    Micro-batches are dealt out to the ranks in turn. Raises UserError if the loss is not finite.
+    A rank takes one run of the micro-batches. Raises UserError if the loss is not finite.
     """
     config = model.config
-    num_micro_batches = config.val_tokens // config.micro_tokens
+    own_tokens = config.val_tokens // world.size
     total = torch.zeros((), dtype=torch.float64, device=world.device)
-    for i in range(world.rank, num_micro_batches, world.size):
-        start = i * config.micro_tokens
-        (ids, targets), = split(shard[start:start + config.micro_tokens + 1], config, world.device)
+    for ids, targets in split(shard[world.rank * own_tokens:(world.rank + 1) * own_tokens + 1], config, world.device):
         total += model(ids, targets)
     if world.size > 1:
         dist.all_reduce(total)
-    val_loss = total.item() / num_micro_batches
+    val_loss = total.item() / (config.val_tokens // config.micro_tokens)
     if not math.isfinite(val_loss):
         raise UserError(f"validation loss is {val_loss} after {step} steps: lower the learning rates, check the data.")
     return val_loss
@@ -431,14 +427,11 @@ def find_world(config: Config) -> World:
     num_gpus = torch.cuda.device_count()
     if size not in (1, 2, 4, 8):
         raise UserError(f"{size} processes cannot share batch and matrices equally: give --nproc_per_node 1, 2, 4, 8.")
-    if not num_gpus:
-        if config.preset != "tiny":
-            raise UserError(f"preset {config.preset} needs a CUDA GPU and none is visible: on a CPU, use preset tiny.")
-        return World(rank, size, torch.device("cpu"))
-    if local_rank >= num_gpus:
+    if not num_gpus and config.preset != "tiny":
+        raise UserError(f"preset {config.preset} needs a CUDA GPU and none is visible: on a CPU, use preset tiny.")
+    if num_gpus and local_rank >= num_gpus:
         raise UserError(f"there are more processes than the {num_gpus} visible GPUs: give --nproc_per_node {num_gpus}.")
-    torch.cuda.set_device(local_rank)
-    return World(rank, size, torch.device("cuda", local_rank))
+    return World(rank, size, torch.device("cuda", local_rank) if num_gpus else torch.device("cpu"))
 
 
 def describe_run(config: Config, num_shards: int, seed: int, hardware: str) -> str:
@@ -461,6 +454,8 @@ def main(config: Config) -> float:
     world = find_world(config)
     train_shards, val_shard = find_shards(config)
     log, on_gpu = Log(world), world.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(world.device)
     seed = torch.tensor(int.from_bytes(os.urandom(4), "little") if config.seed is None else config.seed,
                         device=world.device)
     if world.size > 1:
