@@ -14,6 +14,7 @@ from helpers import ALONE, ROOT, relative, run_ranks, write_shard
 
 FOLDER = ROOT / "records" / "scale_up_1b"
 sys.path[:0] = [str(FOLDER), str(ROOT / "records")]
+import run_log  # noqa: E402
 import train_gpt_1b as t1b  # noqa: E402
 
 NUM_STEPS = 3
@@ -324,7 +325,6 @@ def cpu_alone(monkeypatch, tmp_path):
 
 
 def test_tiny_learns_on_text_and_its_log_is_read_by_the_tools(cpu_alone, tmp_path, capsys):
-    run_log = pytest.importorskip("run_log", reason="the tools of records/ are not there")
     text = np.frombuffer("".join(topics.topics.values()).encode(), np.uint8)
     config = with_shards(tmp_path / "text", t1b.replace(
         t1b.PRESETS["tiny"], seq_len=64, batch=16, val_tokens=4096, num_iterations=24, cooldown_steps=8, val_every=12),
