@@ -322,6 +322,9 @@ def cpu_alone(monkeypatch, tmp_path):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "DATA_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)  # a run leaves one
 
 
 def test_tiny_learns_on_text_and_its_log_is_read_by_the_tools(cpu_alone, tmp_path, capsys):

@@ -456,6 +456,8 @@ def main(config: Config) -> float:
     log, on_gpu = Log(world), world.device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(world.device)
+    else:
+        torch.set_num_threads(1)  # of matrices as narrow as tiny's: more threads wait for each other
     seed = torch.tensor(int.from_bytes(os.urandom(4), "little") if config.seed is None else config.seed,
                         device=world.device)
     if world.size > 1:
