@@ -82,7 +82,7 @@ def window_times(side: Side) -> tuple[np.ndarray, np.ndarray]:
     return sums / np.where(counts, counts, math.nan), counts
 
 
-def same_windows(a: Side, b: Side) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def same_windows(a: Side, b: Side) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
     """window_times of both over the windows that either has; a window that one side skips is interpolated."""
     times, counts = zip(window_times(a), window_times(b))
     size = max(map(len, counts))
@@ -92,7 +92,7 @@ def same_windows(a: Side, b: Side) -> tuple[list[np.ndarray], list[np.ndarray]]:
     for time in times:
         known = np.flatnonzero(np.isfinite(time[0]))
         filled.append(np.stack([np.interp(used, known, row[known]) for row in time]))
-    return filled, [count[used] for count in counts]
+    return filled, [count[used] for count in counts], used
 
 
 def decompose(a: Side, b: Side) -> dict[str, Interval]:
@@ -102,7 +102,7 @@ def decompose(a: Side, b: Side) -> dict[str, Interval]:
     + sum (t_b - t_a) (N_a + N_b) / 2, exactly. The sums run over windows because the window grows during the run:
     an average over all steps would mix the two.
     """
-    (time_a, time_b), (count_a, count_b) = same_windows(a, b)
+    (time_a, time_b), (count_a, count_b), _ = same_windows(a, b)
     half_change, mean_count = (count_b - count_a) / 2000, (count_a + count_b) / 2000
     return {"fewer": welch(-(time_a @ half_change), time_b @ half_change),
             "faster": welch(time_a @ mean_count, time_b @ mean_count)}
@@ -110,9 +110,8 @@ def decompose(a: Side, b: Side) -> dict[str, Interval]:
 
 def step_time_rows(a: Side, b: Side) -> list[dict]:
     """ms per step at equal window: groups of neighbouring windows, so that each row holds many steps."""
-    (time_a, time_b), (count_a, count_b) = same_windows(a, b)
+    (time_a, time_b), (count_a, count_b), windows = same_windows(a, b)
     both = [time.mean(0) for time in (time_a, time_b)]
-    windows = np.flatnonzero(np.bincount(np.concatenate([a.runs[0].window_blocks(), b.runs[0].window_blocks()])))
     rows = []
     for group in np.array_split(np.arange(len(windows)), min(ROWS, len(windows))):
         weights = (count_a + count_b)[group]

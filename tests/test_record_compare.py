@@ -1,5 +1,7 @@
 """records/comparison.py: differences, and fewer against faster steps, on runs whose parts are known."""
 import json
+import math
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -127,3 +129,18 @@ def test_json(sides, capsys):
     assert records.main(["compare", *map(str, sides), "--json"]) == 0
     r = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
     assert r["a"]["n"] == 4 and r["seconds_difference"]["low"] < r["seconds_difference"]["value"] < 0
+
+
+def test_windows_of_untimed_steps_alone_do_not_count(tmp_path):
+    """A clock that starts after step 10, as the scaled-up run's: the first windows have no time on either side."""
+    for side, ms in (("a", 100), ("b", 90)):
+        log = logs.write_log(tmp_path / side, logs.Spec(num_iterations=40, val_every=20, seed=ms))
+        text = re.sub(r"step:(\d+)/40 (val_loss:\S+ )?train_time:\S+ step_avg:\S+", lambda line: (
+            f"step:{line[1]}/40 {line[2] or ''}train_time:{ms * max(0, int(line[1]) - 10)}ms "
+            f"step_avg:{ms if int(line[1]) > 10 else math.nan:.2f}ms"), log.read_text())
+        log.write_text(text)
+    sides = [comparison.read_side(tmp_path / side) for side in "ab"]
+    rows = comparison.step_time_rows(*sides)
+    assert len(rows) > 1
+    for row in rows:
+        assert (row["ms_a"], row["ms_b"]) == (pytest.approx(100), pytest.approx(90))

@@ -385,6 +385,13 @@ def test_a_run_that_cannot_be_is_refused(cpu_alone, monkeypatch, arguments, size
         t1b.find_world(t1b.choose_config(arguments))
 
 
+def test_logs_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "logs").write_text("a file in the folder's place")
+    with pytest.raises(t1b.UserError, match="logs.* cannot be written"):
+        t1b.Log(ALONE)
+
+
 @pytest.mark.parametrize("changes", [dict(batch=24), dict(val_tokens=1024 + 512 // 8), dict(micro_batch=3)])
 def test_sizes_that_do_not_divide_are_refused(changes):
     with pytest.raises(t1b.UserError, match="must be multiples of 8 micro-batches"):

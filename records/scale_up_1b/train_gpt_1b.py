@@ -352,8 +352,11 @@ class Log:
     def __init__(self, world: World):
         self.path, self.file = Path("logs") / f"{uuid.uuid4()}.txt", None
         if world.rank == 0:
-            self.path.parent.mkdir(exist_ok=True)
-            self.file = open(self.path, "w", buffering=1)
+            try:
+                self.path.parent.mkdir(exist_ok=True)
+                self.file = open(self.path, "w", buffering=1)
+            except OSError as error:
+                raise UserError(f"{self.path} cannot be written ({error.strerror}): make room for it.") from error
 
     def __call__(self, text: str, console: bool = False) -> None:
         if self.file is not None:
