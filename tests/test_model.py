@@ -95,7 +95,7 @@ def test_only_smear_mtp_looks_across_a_document_border(smear_mtp):
 
 def test_neighbour_reaches_the_next_position_within_a_document():
     # Without attention only the smear mixes positions.
-    model = make_model(layers=(tgm.Layer(attention=False),) * 2, backout_from=0)
+    model = make_model(layers=(tgm.Layer(attention=False), tgm.Layer(attention=False, skip_from=0)), backout_from=0)
     ids = random_ids(256, model.config, mean_doc=1000)
     changed = ids.clone()
     changed[100] = (changed[100] + 1) % 256
