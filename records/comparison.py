@@ -115,8 +115,6 @@ def step_time_rows(a: Side, b: Side) -> list[dict]:
     rows = []
     for group in np.array_split(np.arange(len(windows)), min(ROWS, len(windows))):
         weights = (count_a + count_b)[group]
-        if not weights.sum():
-            continue
         ms_a, ms_b = (float(np.average(time[group], weights=weights)) for time in both)
         rows.append({"window_blocks": [int(windows[group[0]]), int(windows[group[-1]])],
                      "steps_a": int(count_a[group].sum()), "steps_b": int(count_b[group].sum()),
