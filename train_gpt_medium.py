@@ -104,7 +104,10 @@ class Config:
     vocab_size: int = 50257
     doc_token: int = 50256  # begins every document
     seq_len: int = 64 * 1024  # one slice
-    num_slices: int = 8  # of the global batch, shared out over the ranks
+    num_slices: int = 8  # of the global batch
+    # A slice is processed in pieces of this length, which the ranks share: shorter ones fit smaller cards and more
+    # ranks. Windows, documents, positions and Smear-MTP's neighbour end at a piece's borders; validation's likewise.
+    micro_seq_len: int = 64 * 1024
     val_tokens: int = 10_485_760  # the task's definition
     val_seq_len: int = 4 * 64 * 1024
     val_loss_chunks: int = 4  # logits of a validation sequence do not fit at once
@@ -152,8 +155,12 @@ class Config:
         tables = [layer.value_embed for layer in self.layers if layer.value_embed is not None]
         for ok, sentence in (
             (self.seq_len % BLOCK_SIZE == 0, f"seq_len {self.seq_len} is not a multiple of {BLOCK_SIZE}"),
+            (self.micro_seq_len >= BLOCK_SIZE and self.seq_len % self.piece_len == 0 == self.piece_len % BLOCK_SIZE,
+             f"micro_seq_len {self.micro_seq_len} is no multiple of {BLOCK_SIZE} that divides seq_len {self.seq_len}"),
             (self.val_seq_len % BLOCK_SIZE == 0, f"val_seq_len {self.val_seq_len} is not a multiple of {BLOCK_SIZE}"),
-            (self.val_seq_len % self.val_loss_chunks == 0, "val_loss_chunks does not divide val_seq_len"),
+            (self.val_seq_len * self.piece_len % (self.seq_len * BLOCK_SIZE) == 0,
+             f"val_seq_len {self.val_seq_len} cannot be cut as seq_len is, to pieces of a multiple of {BLOCK_SIZE}"),
+            (self.val_piece_len % self.val_loss_chunks == 0, "val_loss_chunks does not divide val_seq_len's pieces"),
             (self.val_tokens % self.val_seq_len == 0, f"val_tokens {self.val_tokens} is not a multiple of val_seq_len"),
             (self.head_dim % 4 == 0, f"head_dim {self.head_dim} is not a multiple of 4"),
             (self.num_slices in (1, 2, 4, 8), f"num_slices {self.num_slices} is not 1, 2, 4 or 8"),
@@ -178,6 +185,21 @@ class Config:
     @property
     def batch_tokens(self) -> int:
         return self.num_slices * self.seq_len
+
+    @property
+    def piece_len(self) -> int:
+        """Tokens of a forward and backward pass."""
+        return min(self.micro_seq_len, self.seq_len)
+
+    @property
+    def val_piece_len(self) -> int:
+        """Tokens of a forward pass of validation: as much shorter than val_seq_len as a piece is than a slice."""
+        return self.val_seq_len * self.piece_len // self.seq_len
+
+    @property
+    def num_pieces(self) -> int:
+        """Of the global batch, shared out over the ranks."""
+        return self.batch_tokens // self.piece_len
 
 
 PRESETS = {config.preset: config for config in (
@@ -612,12 +634,12 @@ def muon_update(params: list[Tensor], grads: list[Tensor], states: list[dict[str
 def average_parts(parts: Tensor) -> Tensor:
     """Mean over ranks [world_size, n] -> [n], summed in fp32 and rounded once to the gradients' dtype.
 
-    The sum is pairwise, so that equal gradients average to themselves.
+    The sum is pairwise, so that equal gradients of 2, 4, 8, ... ranks average to themselves.
     """
-    assert len(parts) & (len(parts) - 1) == 0, "pairs need a power of two"
     sums = parts.float()
     while len(sums) > 1:
-        sums = sums[0::2] + sums[1::2]
+        pairs = sums[0:-1:2] + sums[1::2]
+        sums = pairs if len(sums) % 2 == 0 else torch.cat((pairs, sums[-1:]))
     return (sums[0] / len(parts)).to(parts.dtype)
 
 
@@ -899,7 +921,7 @@ class GPT(nn.Module):
         # Two tables for the input, the others for values.
         self.embeds = nn.Parameter(torch.randn(2 + num_value_embeds, config.vocab_size, C).to(config.dtype))
         self.blocks = nn.ModuleList(Block(config, layer) for layer in config.layers)
-        self.rotary = Rotary(config.head_dim, config.rotary_base, max(config.seq_len, config.val_seq_len))
+        self.rotary = Rotary(config.head_dim, config.rotary_base, max(config.piece_len, config.val_piece_len))
         # Rows are padded to a multiple of 128 [@Grad62304977, modded-nanogpt]; all of them count in the loss.
         self.lm_head = nn.Parameter(torch.zeros(-(-config.vocab_size // 128) * 128, C, dtype=torch.float32))
         self.skip_weights = nn.Parameter(torch.ones(num_layers))
@@ -1034,9 +1056,9 @@ def split_slices(tokens: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
 
 
 class TrainLoader:
-    """This rank's slices of batch 0, 1, 2, ...: (inputs [n, seq_len] int32, targets [n, seq_len] int64) per step.
+    """This rank's pieces of batch 0, 1, 2, ...: (inputs [n, piece_len] int32, targets [n, piece_len] int64) per step.
 
-    The global batch is num_slices slices, rank r takes the r-th run of num_slices / world.size of them. A thread makes
+    Of the global batch's num_pieces pieces, rank r takes the r-th run of num_pieces / world.size. A thread makes
     the next batch and another reads the next shard; what goes wrong in either is raised as soon as it is known.
     """
     def __init__(self, shards: list[Shard], config: Config, world: World):
@@ -1053,7 +1075,7 @@ class TrainLoader:
     def __next__(self) -> tuple[Tensor, Tensor]:
         tokens = self.pending.result()
         self.pending = self.pool.submit(next, self.source)
-        return split_slices(tokens.to(self.world.device, non_blocking=True), self.config.seq_len)
+        return split_slices(tokens.to(self.world.device, non_blocking=True), self.config.piece_len)
 
     def close(self) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
@@ -1153,9 +1175,9 @@ def as_window(blocks: int, device: torch.device) -> Tensor:
 
 
 def train_step(model: GPT, optimizer: Optimizer, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
-    """One step on this rank's slices [n, T]: gradients averaged over micro-batches (in fp32) and ranks, then applied.
+    """One step on this rank's pieces [n, T]: gradients averaged over pieces (in fp32) and ranks, then applied.
 
-    Returns the mean training loss of these slices, on the device.
+    Returns the mean training loss of these pieces, on the device.
     """
     window_blocks = as_window(num_window_blocks(step, model.config), inputs.device)
     losses: list[Tensor] = []
@@ -1184,7 +1206,7 @@ def evaluate(model: GPT, shard: Shard, step: int, world: World) -> float:
     """
     config = model.config
     tokens = torch.from_numpy(shard.read(config.val_tokens + 1, config.vocab_size).astype(np.int32))
-    inputs, targets = split_slices(tokens, config.val_seq_len)
+    inputs, targets = split_slices(tokens, config.val_piece_len)
     window_blocks = as_window(num_window_blocks(step, config), world.device)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for i in range(world.rank, len(inputs), world.size):
@@ -1212,9 +1234,9 @@ def warm_up(model: GPT, optimizer: Optimizer, world: World) -> None:
 
     for i in range(config.warmup_steps):
         step = i * config.num_iterations // config.warmup_steps
-        train_step(model, optimizer, *random_slices(config.num_slices // world.size, config.seq_len), step)
+        train_step(model, optimizer, *random_slices(config.num_pieces // world.size, config.piece_len), step)
     with torch.no_grad():
-        ids, targets = random_slices(1, config.val_seq_len)
+        ids, targets = random_slices(1, config.val_piece_len)
         model(ids[0], targets[0], as_window(1, world.device))
     model.load_state_dict(before[0])
     optimizer.load_state_dict(before[1])
@@ -1263,9 +1285,9 @@ def find_world(config: Config) -> World:
     rank, size, local_rank, local_size = (
         int(os.environ.get(name, default))
         for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
-    if config.num_slices % size:
-        raise UserError(f"{size} processes cannot share {config.num_slices} slices equally: "
-                        f"give --nproc_per_node a divisor of {config.num_slices}.")
+    if config.num_pieces % size:
+        raise UserError(f"{size} processes cannot share {config.num_pieces} pieces of a batch equally: start a divisor "
+                        f"of {config.num_pieces}, or make more pieces by a smaller micro_seq_len.")
     if not torch.cuda.is_available():
         if config.preset != "tiny":
             raise UserError(f"preset {config.preset} needs a CUDA GPU and none is visible: on a CPU, use preset tiny.")

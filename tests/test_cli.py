@@ -101,9 +101,9 @@ def test_three_processes_are_refused(tmp_path):
     ranks = dict(WORLD_SIZE="3", RANK="0", LOCAL_RANK="0", LOCAL_WORLD_SIZE="3")
     done = run(sys.executable, TRAINER, "tiny", cwd=tmp_path, **ranks)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "3 processes cannot share 8 slices" in done.stderr
+    assert "3 processes cannot share 8 pieces" in done.stderr
     done = run(*TORCHRUN, "--nproc_per_node=3", TRAINER, "tiny", cwd=tmp_path)
-    assert done.returncode != 0 and "3 processes cannot share 8 slices" in done.stderr
+    assert done.returncode != 0 and "3 processes cannot share 8 pieces" in done.stderr
 
 
 def test_torchrun_starts_two_processes(tmp_path):

@@ -26,12 +26,12 @@ def test_schedules_are_the_records():
 def test_constants_of_the_record():
     """SPEC sections 1 to 5, value by value; schedules, layer plan and parameters have tests of their own."""
     expected = dict(
-        vocab_size=50257, doc_token=50256, seq_len=65536, num_slices=8, val_tokens=10485760, val_seq_len=262144,
-        val_loss_chunks=4, num_heads=8, head_dim=128, smear_mtp=True, backout_from=11, attention_scale=0.12,
-        rotary_base=1024, logit_softcap=15, init_scale=0.5, dtype=torch.bfloat16, head_lr=1 / 320, embed_lr=0.3,
-        scalar_lr=0.015, adam_betas=(0.8, 0.95), adam_eps=1e-10, muon_lr=0.03, muon_decay=0.01, mlp_decay_factor=2,
-        update_smoothing=0.2, snoo_every=28, snoo_lr=0.68, snoo_momentum=0.37, num_iterations=5535, val_every=125,
-        seed=None)
+        vocab_size=50257, doc_token=50256, seq_len=65536, num_slices=8, piece_len=65536, num_pieces=8,
+        val_tokens=10485760, val_seq_len=262144, val_piece_len=262144, val_loss_chunks=4, num_heads=8, head_dim=128,
+        smear_mtp=True, backout_from=11, attention_scale=0.12, rotary_base=1024, logit_softcap=15, init_scale=0.5,
+        dtype=torch.bfloat16, head_lr=1 / 320, embed_lr=0.3, scalar_lr=0.015, adam_betas=(0.8, 0.95), adam_eps=1e-10,
+        muon_lr=0.03, muon_decay=0.01, mlp_decay_factor=2, update_smoothing=0.2, snoo_every=28, snoo_lr=0.68,
+        snoo_momentum=0.37, num_iterations=5535, val_every=125, seed=None)
     assert {name: getattr(RECORD, name) for name in expected} == expected
     assert RECORD.warmup_steps > 0
 
@@ -97,6 +97,10 @@ def test_presets():
 
 @pytest.mark.parametrize("changes, word", [
     (dict(seq_len=100), "seq_len"),
+    (dict(micro_seq_len=0), "micro_seq_len"),
+    (dict(micro_seq_len=64), "micro_seq_len"),
+    (dict(seq_len=512, micro_seq_len=384), "micro_seq_len"),
+    (dict(seq_len=512, micro_seq_len=128, val_seq_len=256), "cannot be cut"),
     (dict(val_seq_len=500), "val_seq_len"),
     (dict(val_tokens=1000), "val_tokens"),
     (dict(val_loss_chunks=3), "val_loss_chunks"),

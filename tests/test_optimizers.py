@@ -166,15 +166,16 @@ def test_the_frozen_optimizer_agrees_in_bf16():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [1, 2, 4, 8])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 8, 13])
 def test_average_rounds_once(size, dtype):
     parts = torch.randn(size, 4096, generator=torch.Generator().manual_seed(0)).to(dtype)
     exact, average = parts.double().mean(0), tgm.average_parts(parts)
-    # Half a unit in the last place, and log2(size) roundings of fp32 sums of numbers below 8.
+    # Half a unit in the last place; at most four roundings of fp32 sums of numbers below 8, and one of a quotient.
     assert average.dtype == dtype
-    bound = exact.abs() * torch.finfo(dtype).eps / 2 + 3 * 8 * 2 ** -24
+    bound = exact.abs() * torch.finfo(dtype).eps / 2 + 5 * 8 * 2 ** -24
     assert ((average.double() - exact).abs() <= bound).all()
-    assert torch.equal(tgm.average_parts(parts[:1].expand(size, -1)), parts[0])  # equal gradients stay as they are
+    if size & (size - 1) == 0:  # equal gradients stay as they are
+        assert torch.equal(tgm.average_parts(parts[:1].expand(size, -1)), parts[0])
 
 
 def test_newton_schulz_brings_singular_values_near_one():
