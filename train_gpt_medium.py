@@ -9,16 +9,24 @@ token, times one learned scalar, is added to the current one. This file reproduc
     python train_gpt_medium.py tiny                                        # a small model on a CPU
 
 Shards are read from the preset's `data_dir`, or from the folder named by the environment variable DATA_PATH.
+RESUME_FROM=checkpoints/<run id> goes on where that run, of this very script, left its last checkpoint.
 Shapes: T tokens of a sequence, C channels, H heads, D channels of a head, V rows of the head, B = T / 128 blocks.
 """
+import contextlib
 import copy
+import hashlib
+import json
 import math
 import os
 import resource
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -52,6 +60,8 @@ BLOCK_SIZE = 128  # tokens of an attention block
 # (fwd_BLOCK_M, bwd_num_warps, ...) are torch's own until tests/bench.py --sweep-attention has found better ones.
 LONG_WINDOW_KERNEL = {"ROWS_GUARANTEED_SAFE": True}
 SHORT_WINDOW_KERNEL = {"ROWS_GUARANTEED_SAFE": True}
+WATCH_EVERY = 16  # steps between two looks of all ranks at what is not finite, for which no step waits
+STOP_LIMIT_S = 20  # for the step in progress to end after SIGTERM; torchrun kills 30 s after it
 
 
 class Layer(NamedTuple):
@@ -150,6 +160,9 @@ class Config:
     seed: int | None = None  # None draws one, so that runs are independent samples; the log names it
     warmup_steps: int = 4  # untimed, on random tokens; what they change is put back
     coordinate_descent_tuning: bool = True  # faster kernels for minutes of compilation
+    # Checkpoints every so many steps, or minutes; 0: never. With either, the end, SIGTERM and SIGINT save one too.
+    checkpoint_every: int = 0
+    checkpoint_minutes: float = 0.0
 
     def __post_init__(self):
         tables = [layer.value_embed for layer in self.layers if layer.value_embed is not None]
@@ -165,6 +178,8 @@ class Config:
             (self.head_dim % 4 == 0, f"head_dim {self.head_dim} is not a multiple of 4"),
             (self.num_slices in (1, 2, 4, 8), f"num_slices {self.num_slices} is not 1, 2, 4 or 8"),
             (self.val_every > 0, f"val_every {self.val_every} is not positive"),
+            (self.checkpoint_every >= 0 <= self.checkpoint_minutes,
+             f"checkpoint_every {self.checkpoint_every} or checkpoint_minutes {self.checkpoint_minutes} is negative"),
             (self.doc_token < self.vocab_size, f"doc_token {self.doc_token} is not below vocab_size {self.vocab_size}"),
             (all(layer.skip_from is None or 0 <= layer.skip_from < i for i, layer in enumerate(self.layers)),
              "a layer skips from itself or a later one"),
@@ -650,6 +665,7 @@ class Bank:
     states it alone holds. unit: the shape of what is not divided: (rows, cols) of a matrix, or (128,) where numbers
     stand for themselves: a CPU rounds what is left over from whole vectors differently, wherever shards end. What is
     missing to a multiple of world.size units is padded with zeros, which stay zero.
+    grad_sum: of the shard's last averaged gradients, fp32, zero-dim: finite if they all are.
     """
     def __init__(self, params: list[nn.Parameter], unit: tuple[int, ...], world: World,
                  average: Callable[[Tensor], Tensor]):
@@ -683,6 +699,7 @@ class Bank:
         received, self.received = self.received, None
         if self.world.size > 1:
             received = self.average(received.view(self.world.size, -1))
+        self.grad_sum = received.sum(dtype=torch.float32)
         return received.view_as(self.shard)
 
     def start_gather(self) -> None:
@@ -1060,8 +1077,13 @@ class TrainLoader:
 
     Of the global batch's num_pieces pieces, rank r takes the r-th run of num_pieces / world.size. A thread makes
     the next batch and another reads the next shard; what goes wrong in either is raised as soon as it is known.
+    first_batch: the one to begin with; shards that lie before it are not read.
     """
-    def __init__(self, shards: list[Shard], config: Config, world: World):
+    def __init__(self, shards: list[Shard], config: Config, world: World, first_batch: int = 0):
+        while first_batch >= shards[0].num_batches(config.batch_tokens) and len(shards) > 1:
+            first_batch -= shards[0].num_batches(config.batch_tokens)
+            shards = shards[1:]
+        self.first_batch = first_batch  # of the first shard
         self.shards, self.config, self.world = shards, config, world
         self.pinned = world.device.type == "cuda"  # a fresh thread would pin memory in a context of GPU 0
         self.pool = ThreadPoolExecutor(2, initializer=torch.cuda.set_device if self.pinned else None,
@@ -1088,7 +1110,7 @@ class TrainLoader:
             tokens = upcoming.result()
             if following is not None:
                 upcoming = self.pool.submit(following.read, following.num_tokens, vocab_size)
-            for batch in range(shard.num_batches(batch_tokens)):
+            for batch in range(self.first_batch if shard is self.shards[0] else 0, shard.num_batches(batch_tokens)):
                 if upcoming.done():
                     upcoming.result()  # a shard that cannot be read stops the run now, not when its turn comes
                 start = batch * batch_tokens + self.world.rank * rank_tokens
@@ -1125,9 +1147,12 @@ def num_window_blocks(step: int, config: Config) -> int:
 # The run: clock, log, steps, validation
 
 class Clock:
-    """Training time. Stopped: compilation, warm-up and validation. Both switches wait for the GPU and for all ranks."""
-    def __init__(self, world: World):
-        self.world, self.seconds, self.started = world, 0.0, None
+    """Training time. Stopped: compilation, warm-up, validation and checkpoints.
+
+    Both switches wait for the GPU and for all ranks, if they change anything.
+    """
+    def __init__(self, world: World, seconds: float = 0.0):
+        self.world, self.seconds, self.started = world, seconds, None
 
     def _wait_for_all(self) -> None:
         if self.world.device.type == "cuda":
@@ -1136,13 +1161,15 @@ class Clock:
             dist.barrier()
 
     def start(self) -> None:
-        self._wait_for_all()
-        self.started = time.perf_counter()
+        if self.started is None:
+            self._wait_for_all()
+            self.started = time.perf_counter()
 
     def stop(self) -> None:
-        self._wait_for_all()
-        self.seconds = self.read_seconds()
-        self.started = None
+        if self.started is not None:
+            self._wait_for_all()
+            self.seconds = self.read_seconds()
+            self.started = None
 
     def read_seconds(self) -> float:
         """Without waiting for the GPU: exact only while stopped."""
@@ -1151,10 +1178,9 @@ class Clock:
 
 class Log:
     """logs/<run id>.txt through one handle, written by rank 0 alone and flushed line by line."""
-    def __init__(self, world: World):
-        self.file = None
+    def __init__(self, run_id: str, world: World):
+        self.file, self.path = None, Path("logs") / f"{run_id}.txt"
         if world.rank == 0:
-            self.path = Path("logs") / f"{uuid.uuid4()}.txt"
             try:
                 self.path.parent.mkdir(exist_ok=True)
                 self.file = open(self.path, "w", buffering=1)
@@ -1163,10 +1189,218 @@ class Log:
 
     def __call__(self, text: str, console: bool = False) -> None:
         if self.file is not None:
-            print(text, file=self.file)
+            try:
+                print(text, file=self.file)
+            except OSError as error:
+                self.file = None
+                raise UserError(f"{self.path} cannot be written any more ({error.strerror}): make room.") from error
             if console:
                 tqdm.write(text, file=sys.stdout)
                 sys.stdout.flush()
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """`write` a file under a temporary name, then rename it: `path` is complete or not there. Raises UserError."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(unfinished)
+        for written in (unfinished, path.parent):
+            handle = os.open(written, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+            if written is unfinished:
+                os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
+        if path.parent.is_dir():
+            unfinished.unlink(missing_ok=True)
+        folder = next(folder for folder in path.absolute().parents if folder.is_dir())
+        raise UserError(f"{path} cannot be written ({str(error).splitlines()[0]}; {folder} has "
+                        f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB free): make room for it.") from error
+
+
+class Watch:
+    """Stops all ranks together where a loss or an averaged gradient is not finite, and no step waits for it.
+
+    The device keeps the first step at which each cause was not finite. Every WATCH_EVERY steps the ranks agree on it;
+    the answer travels to the host during the next steps and is read before the next one is asked for.
+    """
+    def __init__(self, causes: list[str], world: World):
+        self.causes, self.world, self.answer = causes, world, None
+        self.first_bad = torch.full((len(causes),), math.inf, device=world.device)
+        self.arrived = torch.cuda.Event() if world.device.type == "cuda" else None
+
+    def note(self, step: int, values: list[Tensor]) -> None:
+        """values: what the step that made `step` complete ones left, a zero-dim fp32 tensor a cause."""
+        self.first_bad = self.first_bad.minimum(torch.where(torch.stack(values).isfinite(), math.inf, float(step)))
+        if step % WATCH_EVERY == 0:
+            self.read()
+            self.ask()
+
+    def ask(self) -> None:
+        agreed = self.first_bad.clone()
+        if self.world.size > 1:
+            dist.all_reduce(agreed, dist.ReduceOp.MIN)
+        self.answer = agreed.to("cpu", non_blocking=True)
+        if self.arrived is not None:
+            self.arrived.record()
+
+    def read(self) -> None:
+        """Look at the last answer. Raises UserError, the same on all ranks, if anything was not finite."""
+        if self.answer is None:
+            return
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        steps = self.answer.tolist()
+        if min(steps) < math.inf:
+            raise UserError(f"the {self.causes[steps.index(min(steps))]} of step {min(steps):.0f} was not finite: "
+                            f"lower the learning rates, check the data.")
+
+
+class StopSignals:
+    """Between enter and exit, SIGTERM and SIGINT are noted in `received`, for the run to end when a step is complete.
+
+    Whoever sees to it sets `seen`. If nobody does for STOP_LIMIT_S, as when the step waits for a rank that died, the
+    process exits: a thread counts, since Python's own handlers do not run while a collective waits.
+    """
+    def __init__(self):
+        self.received, self.seen = 0, threading.Event()
+
+    def __enter__(self) -> "StopSignals":
+        read_end, self.write_end = os.pipe()
+        os.set_blocking(self.write_end, False)
+        signal.set_wakeup_fd(self.write_end)
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        threading.Thread(target=self._count, args=(read_end,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
+        self.seen.set()
+        os.close(self.write_end)  # which ends the thread
+
+    def _note(self, number: int, _) -> None:
+        self.received = number
+
+    def _count(self, read_end: int) -> None:
+        if os.read(read_end, 1) and not self.seen.wait(STOP_LIMIT_S):
+            print(f"error: no step ended within {STOP_LIMIT_S} s of a signal to stop: go on from the last checkpoint.",
+                  file=sys.stderr, flush=True)
+            os._exit(1)
+        os.close(read_end)
+
+
+class Checkpoints:
+    """checkpoints/<run id>/step_000125/rank_3.pt: with the other ranks', all that a run needs to go on bit for bit.
+
+    Each rank writes its shards of the parameters and their optimizer states, its random states, the completed steps,
+    which are the place in the data, the clock and the seed; and what made it, so that no other script, constants, data
+    or number of ranks goes on with it. The last two are kept. Ranks agree through gloo, on the host: no GPU is waited
+    for. None of this exists in a run without checkpoints.
+    """
+    def __init__(self, config: Config, source: str, train_shards: list[Shard], run_id: str, seed: int, world: World):
+        self.config, self.seed, self.world, self.signals, self.last = config, seed, world, StopSignals(), None
+        self.group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self.folder = Path("checkpoints") / self._gather(run_id)[0]
+        self.made_by = {name: json.dumps(value, default=str) for name, value in asdict(config).items()}
+        del self.made_by["data_dir"]  # the shards may have moved
+        self.made_by |= {"number of ranks": world.size, "script": hashlib.sha256(source.encode()).hexdigest(),
+                         "set of shards": [(shard.path.name, shard.num_tokens) for shard in train_shards]}
+        self.saved_at = time.monotonic()
+        problem = None
+        try:
+            self.folder.parent.mkdir(exist_ok=True)
+        except OSError as error:
+            problem = f"{self.folder} cannot be written ({error.strerror}): make room for it."
+        self._agree(problem)
+
+    def _gather(self, value) -> list:
+        """The values of all ranks."""
+        values = [value] * self.world.size
+        if self.world.size > 1:
+            dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def _agree(self, problem: str | None) -> None:
+        """Raises UserError on all ranks if one has a problem."""
+        problems = [found for found in self._gather(problem) if found]
+        if problems:
+            raise UserError(problems[0])
+
+    def due(self, step: int) -> bool:
+        """Whether all ranks are to save after `step` steps. What any of them was told is noted in all."""
+        limit = 60 * self.config.checkpoint_minutes
+        told = self._gather((self.signals.received, 0 < limit <= time.monotonic() - self.saved_at))
+        self.signals.received = max(number for number, _ in told)
+        if self.signals.received:
+            self.signals.seen.set()
+        every = self.config.checkpoint_every
+        return self.signals.received > 0 or any(late for _, late in told) or (every > 0 and step % every == 0)
+
+    def save(self, step: int, seconds: float, optimizer: Optimizer) -> None:
+        """After `step` steps and `seconds` of training. Raises UserError on all ranks if one cannot write."""
+        folder, name = self.folder / f"step_{step:06d}", f"rank_{self.world.rank}.pt"
+        content = dict(made_by=self.made_by, step=step, seconds=seconds, seed=self.seed, rng=torch.get_rng_state(),
+                       gpu_rng=torch.cuda.get_rng_state() if self.world.device.type == "cuda" else None,
+                       shards={name: bank.shard.clone() for name, bank in optimizer.banks.items()},
+                       optimizer=optimizer.state_dict())
+        problem = None
+        try:
+            write_whole(folder / name, partial(torch.save, content))
+        except UserError as error:
+            problem = str(error)
+        self._agree(problem)
+        self.last, self.saved_at = folder, time.monotonic()
+        for old in sorted(self.folder.glob("step_*"))[:-2]:
+            (old / name).unlink(missing_ok=True)
+            try:
+                old.rmdir()
+            except OSError:  # other ranks' parts are still in it, or another rank was faster
+                pass
+
+    def read(self, where: str) -> dict:
+        """This rank's part of a checkpoint: of the folder of one, or of the last one in a run's folder.
+
+        Raises UserError on all ranks where one's part is missing or torn, or was made with anything else than this run.
+        """
+        folder, name, problem, saved = Path(where), f"rank_{self.world.rank}.pt", None, {}
+        if not folder.name.startswith("step_"):  # the last one that all ranks completed
+            folder = min(self._gather(max((part.parent for part in folder.glob(f"step_*/{name}")), default=folder)))
+        path = folder / name
+        try:
+            if zipfile.ZipFile(path).testzip() is not None:  # torch.load does not compare the check sums
+                raise zipfile.BadZipFile
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            problem = f"{path} does not exist: name a run's folder, or one of its checkpoints, in RESUME_FROM."
+        except Exception:  # whatever zipfile, pickle and torch raise
+            before = max((other for other in folder.parent.glob("step_*") if other < folder), default=None)
+            problem = (f"{path} is torn or damaged: "
+                       f"{f'RESUME_FROM={before} goes on from the one before it' if before else 'none is before it'}.")
+        else:
+            other = [name for name, value in self.made_by.items() if saved["made_by"].get(name) != value]
+            if other:
+                problem = (f"{path} was made with another {other[0]}: go on with the script at the head of its run's "
+                           f"log, the same preset, shards and number of ranks.")
+        self._agree(problem)
+        self.last, self.seed = folder, saved["seed"]
+        return saved
+
+    def restore(self, saved: dict, optimizer: Optimizer) -> None:
+        """Parameters, optimizer states and random states, as they were."""
+        for name, bank in optimizer.banks.items():
+            bank.shard.copy_(saved["shards"][name])
+            bank.start_gather()
+            bank.finish_gather()
+        optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["rng"])
+        if saved["gpu_rng"] is not None:
+            torch.cuda.set_rng_state(saved["gpu_rng"])
+
+    def describe_last(self) -> str:
+        return f"RESUME_FROM={self.last} goes on from the last checkpoint." if self.last else "No checkpoint was kept."
 
 
 def as_window(blocks: int, device: torch.device) -> Tensor:
@@ -1249,26 +1483,39 @@ def report_scalars(model: GPT) -> str:
     return " ".join(f"{name}:{value:.6f}" for name, value in values.items())
 
 
-def train(model: GPT, optimizer: Optimizer, loader: TrainLoader, val_shard: Shard, world: World, log: Log) -> float:
+def train(model: GPT, optimizer: Optimizer, loader: TrainLoader, val_shard: Shard, world: World, log: Log,
+          checkpoints: Checkpoints | None = None, first_step: int = 0, seconds: float = 0.0) -> float:
     """The loop: num_iterations steps, and a validation before the first, every val_every and after the last.
 
-    Returns the final validation loss.
+    first_step, seconds: what is done already. Returns the final validation loss. Raises UserError, on all ranks, where
+    something is not finite or a signal ended the run.
     """
-    config, clock = model.config, Clock(world)
-    progress = tqdm(total=config.num_iterations, unit="step", disable=None if world.rank == 0 else True)
-    for step in range(config.num_iterations + 1):  # the last pass only validates
+    config, clock = model.config, Clock(world, seconds)
+    watch = Watch(["loss", *(f"{name} gradient" for name in optimizer.banks)], world)
+    progress = tqdm(total=config.num_iterations, initial=first_step, unit="step",
+                    disable=None if world.rank == 0 else True)
+    for step in range(first_step, config.num_iterations + 1):  # the last pass only validates
         finished = step == config.num_iterations
-        if finished or step % config.val_every == 0:
-            if step:
-                clock.stop()
+        validates = finished or step % config.val_every == 0
+        saves = checkpoints is not None and step > first_step and (checkpoints.due(step) or finished)
+        if validates or saves:
+            clock.stop()
+            watch.ask()
+            watch.read()
+        if saves:
+            checkpoints.save(step, clock.seconds, optimizer)
+            if checkpoints.signals.received:
+                raise UserError(f"{signal.Signals(checkpoints.signals.received).name} ended the run after step {step}.")
+        if validates:
             val_loss = evaluate(model, val_shard, step, world)
             train_ms = 1000 * clock.seconds
             log(f"step:{step}/{config.num_iterations} val_loss:{val_loss:.6f} train_time:{train_ms:.0f}ms "
                 f"step_avg:{train_ms / max(step, 1):.2f}ms {report_scalars(model)}", console=True)
-            if finished:
-                break
-            clock.start()
-        train_step(model, optimizer, *next(loader), step)
+        if finished:
+            break
+        clock.start()
+        loss = train_step(model, optimizer, *next(loader), step)
+        watch.note(step + 1, [loss, *(bank.grad_sum for bank in optimizer.banks.values())])
         train_ms = 1000 * clock.read_seconds()  # no synchronisation for a log line: the GPU may be a few steps behind
         log(f"step:{step + 1}/{config.num_iterations} train_time:{train_ms:.0f}ms "
             f"step_avg:{train_ms / (step + 1):.2f}ms")
@@ -1390,21 +1637,31 @@ def describe_run(config: Config, train_shards: list[Shard], seed: int, world: Wo
     ))
 
 
-def main(config: Config) -> float:
-    """Train as `config` says and return the final validation loss. Raises UserError for what the user can put right."""
-    source = Path(__file__).read_text()
+def main(config: Config, resume_from: str | None = None) -> float:
+    """Train as `config` says and return the final validation loss. Raises UserError for what the user can put right.
+
+    resume_from: the folder of a checkpoint, or of a run whose last one is meant, to go on from.
+    """
+    source, run_id = Path(__file__).read_text(), str(uuid.uuid4())
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     world = find_world(config)
     train_shards, val_shard = find_shards(config)
-    log = Log(world)
     on_gpu = world.device.type == "cuda"
     if world.size > 1:
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=world.device if on_gpu else None)
-    seed = draw_seed(config, world)
+    seed, checkpoints, saved, resumed = draw_seed(config, world), None, dict(step=0, seconds=0.0), ""
+    if config.checkpoint_every or config.checkpoint_minutes or resume_from:
+        checkpoints = Checkpoints(config, source, train_shards, run_id, seed, world)
+    if resume_from:
+        saved = checkpoints.read(resume_from)
+        seed = saved["seed"]
+        resumed = f"\nresumed from {checkpoints.last}: not eligible as a timed record"
     torch.manual_seed(seed)
+    log = Log(run_id, world)
     if world.rank == 0:
-        log("\n".join((source, "=" * 100, describe_run(config, train_shards, seed, world), "=" * 100)))
-        print(f"preset {config.preset}, {world.size} x {device_name(world.device)}, log {log.path}", flush=True)
+        log("\n".join((source, "=" * 100, describe_run(config, train_shards, seed, world) + resumed, "=" * 100)))
+        print(f"preset {config.preset}, {world.size} x {device_name(world.device)}, log {log.path}" + resumed,
+              flush=True)
     with world.device:
         model = GPT(config)
     compiled = partial(torch.compile, dynamic=False, fullgraph=True) if on_gpu else lambda function: function
@@ -1419,9 +1676,17 @@ def main(config: Config) -> float:
     optimizer = Optimizer(model, config, world, compiled)
     with CompileProgress(world):
         warm_up(model, optimizer, world)
-    loader = TrainLoader(train_shards, config, world)
+    if resume_from:
+        checkpoints.restore(saved, optimizer)
+    loader = TrainLoader(train_shards, config, world, first_batch=saved["step"])
     try:
-        val_loss = train(model, optimizer, loader, val_shard, world, log)
+        with checkpoints.signals if checkpoints else contextlib.nullcontext():
+            val_loss = train(model, optimizer, loader, val_shard, world, log, checkpoints, saved["step"],
+                             saved["seconds"])
+    except UserError as error:
+        error = UserError(f"{error} {checkpoints.describe_last() if checkpoints else 'No checkpoint was kept.'}")
+        log(f"stopped: {error}")
+        raise error from None
     finally:
         loader.close()
     log(f"peak memory: {peak_memory(world.device)}", console=True)
@@ -1442,6 +1707,6 @@ def choose_config(arguments: list[str]) -> Config:
 
 if __name__ == "__main__":
     try:
-        main(choose_config(sys.argv[1:]))
+        main(choose_config(sys.argv[1:]), resume_from=os.environ.get("RESUME_FROM"))
     except UserError as error:
         sys.exit(f"error: {error}")
