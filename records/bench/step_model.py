@@ -46,17 +46,18 @@ def buckets() -> list[Bucket]:
         return 1e3 * tflop / NEWTON_SCHULZ_TFLOPS + numbers / RANKS * bytes_per_number / (1e9 * MEMORY_TBS)
 
     mlp, qkvo, head, tables = LAYERS * 4 * C * C, 64 * C * C, V_HEAD * C, TABLES * V * C
-    # Averaging reads 8 parts and writes one; Muon reads and writes momentum, smoothed update, mantissa and weight, and
-    # once more the direction (34 bytes); AdamW gradient, two states and the parameter (14 bytes in bf16, 28 in fp32).
+    # Averaging reads 8 parts and writes one, which the watch for what is not finite reads (20 bytes in bf16, 40 in fp32).
+    # Muon reads and writes momentum, smoothed update, mantissa and weight, and once more the direction (34 bytes);
+    # AdamW gradient, two states and the parameter (14 bytes in bf16, 28 in fp32).
     per_matrix = newton_schulz_tflop(1, C, 4 * C, True)
     return [
-        Bucket("mlp_fc", 2 * mlp, 4 * mlp, update_ms(0, mlp, 18)),  # waits for mlp_proj: one batch
-        Bucket("mlp_proj", 2 * mlp, 4 * mlp, update_ms(2 * LAYERS / RANKS * per_matrix, mlp, 18 + 2 * 34)),
+        Bucket("mlp_fc", 2 * mlp, 4 * mlp, update_ms(0, mlp, 20)),  # waits for mlp_proj: one batch
+        Bucket("mlp_proj", 2 * mlp, 4 * mlp, update_ms(2 * LAYERS / RANKS * per_matrix, mlp, 20 + 2 * 34)),
         Bucket("qkvo", 2 * qkvo, 4 * qkvo,
-               update_ms(newton_schulz_tflop(64 // RANKS, C, C, True), qkvo, 18 + 34)),
-        Bucket("lm_head", 4 * head, 0, update_ms(0, head, 36 + 28)),
-        Bucket("scalars", 4 * 1024, 4 * 1024, update_ms(0, 1024, 64)),
-        Bucket("embeds", 2 * tables, 0, update_ms(0, tables, 18 + 14)),
+               update_ms(newton_schulz_tflop(64 // RANKS, C, C, True), qkvo, 20 + 34)),
+        Bucket("lm_head", 4 * head, 0, update_ms(0, head, 40 + 28)),
+        Bucket("scalars", 4 * 1024, 4 * 1024, update_ms(0, 1024, 68)),
+        Bucket("embeds", 2 * tables, 0, update_ms(0, tables, 20 + 14)),
     ]
 
 
