@@ -1199,26 +1199,6 @@ class Log:
                 sys.stdout.flush()
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """`write` a file under a temporary name, then rename it: `path` is complete or not there. Raises UserError."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(unfinished)
-        for written in (unfinished, path.parent):
-            handle = os.open(written, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
-            if written is unfinished:
-                os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
-        if path.parent.is_dir():
-            unfinished.unlink(missing_ok=True)
-        folder = next(folder for folder in path.absolute().parents if folder.is_dir())
-        raise UserError(f"{path} cannot be written ({str(error).splitlines()[0]}; {folder} has "
-                        f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB free): make room for it.") from error
-
-
 class Watch:
     """Stops all ranks together where a loss or an averaged gradient is not finite, and no step waits for it.
 
@@ -1232,7 +1212,8 @@ class Watch:
 
     def note(self, step: int, values: list[Tensor]) -> None:
         """values: what the step that made `step` complete ones left, a zero-dim fp32 tensor a cause."""
-        self.first_bad = self.first_bad.minimum(torch.where(torch.stack(values).isfinite(), math.inf, float(step)))
+        bad = torch.stack(values).isfinite().logical_not()
+        self.first_bad.masked_fill_(bad & self.first_bad.isinf(), step)  # a number, so that nothing waits for a copy
         if step % WATCH_EVERY == 0:
             self.read()
             self.ask()
@@ -1292,6 +1273,13 @@ class StopSignals:
         os.close(read_end)
 
 
+def force_to_disk(path: Path) -> None:
+    """A file's content, or a folder's names."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
 class Checkpoints:
     """checkpoints/<run id>/step_000125/rank_3.pt: with the other ranks', all that a run needs to go on bit for bit.
 
@@ -1346,11 +1334,17 @@ class Checkpoints:
                        gpu_rng=torch.cuda.get_rng_state() if self.world.device.type == "cuda" else None,
                        shards={name: bank.shard.clone() for name, bank in optimizer.banks.items()},
                        optimizer=optimizer.state_dict())
-        problem = None
+        unfinished, problem = folder / f"{name}.unfinished", None
         try:
-            write_whole(folder / name, partial(torch.save, content))
-        except UserError as error:
-            problem = str(error)
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(content, unfinished)
+            force_to_disk(unfinished)
+            os.replace(unfinished, folder / name)
+            force_to_disk(folder)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
+            unfinished.unlink(missing_ok=True)
+            problem = (f"{folder / name} cannot be written ({str(error).splitlines()[0]}; "
+                       f"{shutil.disk_usage(self.folder.parent).free / 2**20:,.0f} MiB are free): make room for it.")
         self._agree(problem)
         self.last, self.saved_at = folder, time.monotonic()
         for old in sorted(self.folder.glob("step_*"))[:-2]:

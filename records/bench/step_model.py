@@ -46,7 +46,7 @@ def buckets() -> list[Bucket]:
         return 1e3 * tflop / NEWTON_SCHULZ_TFLOPS + numbers / RANKS * bytes_per_number / (1e9 * MEMORY_TBS)
 
     mlp, qkvo, head, tables = LAYERS * 4 * C * C, 64 * C * C, V_HEAD * C, TABLES * V * C
-    # Averaging reads 8 parts and writes one, which the watch for what is not finite reads (20 bytes in bf16, 40 in fp32).
+    # Averaging reads 8 parts and writes one, which the watch reads (20 bytes a number in bf16, 40 in fp32).
     # Muon reads and writes momentum, smoothed update, mantissa and weight, and once more the direction (34 bytes);
     # AdamW gradient, two states and the parameter (14 bytes in bf16, 28 in fp32).
     per_matrix = newton_schulz_tflop(1, C, 4 * C, True)
