@@ -106,8 +106,10 @@ def num_tables(config: Config) -> int:
 
 
 def mask_bytes(num_tokens: int) -> int:
-    """Lists [B, B] int32 of partial and full blocks, of keys and queries, for two windows."""
-    return 2 * 4 * 4 * (num_tokens // BLOCK_SIZE) ** 2
+    """Block masks, int32: lists [B, B] of partial and full blocks, of keys and queries; their lengths [B] for two
+    windows; each token's document."""
+    num_blocks = num_tokens // BLOCK_SIZE
+    return 4 * (4 * num_blocks ** 2 + 2 * 4 * num_blocks + num_tokens)
 
 
 def estimate(config: Config, world_size: int) -> Memory:
