@@ -91,7 +91,8 @@ def saved_bytes_per_token(config: Config) -> int:
     first two are one), post of 4, and the output, to which a skip may already be added; with attention, the projected
     q, k and v, the same normed, rotated and mixed, and attention's output. A skip's source is kept for itself where its
     own sum with a skip took its place. Embeddings are kept, x00 and x01 computed anew. In fp32: the factors of all
-    norms, log-sum-exp of attention, and a copy of the backout layer's output.
+    norms, log-sum-exp of attention, and a copy of the backout layer's output. Exact in bf16; a model in fp32, which is
+    for known answers, keeps a row more, and a skip from the layer just before or from backout's may keep one less.
     """
     layers, attention_layers = config.layers, sum(layer.attention for layer in config.layers)
     sources = {layer.skip_from for layer in layers} - {None}

@@ -2,6 +2,7 @@
 import copy
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import train_gpt_medium as tgm
 from helpers import ALONE, CPU, ROOT, random_ids, small_config
-from test_distributed import num_bytes, watch_a_step
+from test_distributed import Watch, num_bytes, watch_a_step
 
 sys.path.insert(0, str(ROOT / "data"))
 import memory  # noqa: E402
@@ -114,6 +115,33 @@ def test_an_eager_update_fits_what_is_estimated():
     config = small_config()
     update, mlp = memory.estimate(config, 1).update, 2 * 4 * config.model_dim ** 2 * len(config.layers)
     assert update - mlp < watch_a_step(ALONE, config)["step_bytes"] <= update
+
+
+def test_averaging_pieces_takes_what_is_estimated():
+    """train_step with gradients that are given: fp32 means, gradients in their own dtypes, one of them in fp32."""
+    config = small_config()
+    optimizer = tgm.Optimizer(tgm.GPT(config), config, ALONE)
+
+    class Loss:
+        def backward(self):
+            for p in optimizer.params:
+                p.grad = torch.ones_like(p)
+
+        def detach(self):
+            return torch.zeros(())
+
+    class Model:
+        config = optimizer.config
+
+        def __call__(self, *_):
+            return Loss()
+
+    pieces = torch.zeros(3, config.piece_len, dtype=torch.int32)
+    stand_in = SimpleNamespace(params=optimizer.params, step=lambda step: None)
+    with Watch([*optimizer.params, pieces]) as watch:
+        tgm.train_step(Model(), stand_in, pieces, pieces, 0)
+    scalars = 4 + 3 * 4  # the window, and losses
+    assert 0 <= watch.peak - memory.estimate(config, 1).phases["means"] <= scalars
 
 
 def with_pieces_of(micro_seq_len: int) -> tgm.Config:
