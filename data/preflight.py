@@ -4,6 +4,7 @@
 
 Exits with 1 if anything is an error. GPUs and driver are read from nvidia-smi: torch sees none if the driver is old.
 """
+import dataclasses
 import importlib.util
 import os
 import shutil
@@ -20,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 # Oldest Linux driver for each major version of CUDA (NVIDIA's table of minor-version compatibility).
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 ALL_REDUCE_LIMIT_S = 30
-RECORD_SECONDS, RECORD_STEPS, RECORD_MIB = 1374.7, 5535, 56_810  # 8xH100, records/2025-11-02_SmearMTP
+RECORD_SECONDS, RECORD_STEPS = 1374.7, 5535  # 8xH100, records/2025-11-02_SmearMTP
 TINY_SECONDS = 150  # measured on 2 CPU cores
 SHARD_BYTES = 1024 + 2 * 100_000_000
 LOG_BYTES = 2 * 2**20
@@ -101,21 +102,31 @@ def check_torch(gpus: list[Gpu], torch) -> Line:
     return Line("ok", "torch", f"{text}, triton {triton.__version__}")
 
 
-def check_memory(gpus: list[Gpu], preset: str) -> Line:
-    """The record's published peak plus, on fewer ranks, fp32 gradient means and more of Muon's states."""
-    if preset == "tiny":
+def check_memory(gpus: list[Gpu], config) -> Line:
+    """What the run should need (data/memory.py) against what is free; where it is too much, the length that fits."""
+    if config.preset == "tiny":
         return Line("ok", "memory", "tiny needs 0.6 GiB of main memory")
     if not gpus:
         return Line("warning", "memory", "no GPU whose memory could be compared")
+    import memory  # with torch, which may not load
     ranks = ranks_on(gpus)
-    needed = RECORD_MIB + (0 if ranks == 8 else 2 * 609e6 * 4 / 2**20) + (1 / ranks - 1 / 8) * 197e6 * 8 / 2**20
     fullest = min(gpus[:ranks], key=lambda gpu: gpu.free_mib)  # torchrun takes the first ones
-    text = f"about {needed / 1024:.0f} GiB a GPU needed (estimated), {fullest.free_mib / 1024:.0f} GiB free at least"
-    if fullest.free_mib >= needed:
+    free, total = fullest.free_mib * 2**20, min(gpu.total_mib for gpu in gpus[:ranks]) * 2**20
+    needed = memory.estimate(config, ranks).needed(ranks)
+    text = (f"about {needed / 2**30:.0f} GiB a GPU needed (estimated) with micro_seq_len {config.piece_len:,}, "
+            f"{free / 2**30:.0f} GiB free at least")
+    if needed <= free:
         return Line("ok", "memory", text)
-    if fullest.total_mib >= needed:
+    if needed <= total:
         return Line("error", "memory", f"{text}: end the other processes that nvidia-smi lists")
-    return Line("error", "memory", f"{text}: use GPUs with 80 GB")
+    fitting = memory.largest_micro_seq_len(config, ranks, free)
+    way_out = "set" if fitting else "end the other processes that nvidia-smi lists and set"
+    fitting = fitting or memory.largest_micro_seq_len(config, ranks, total)
+    if fitting is None:
+        return Line("error", "memory", f"{text}: no micro_seq_len fits, use larger GPUs")
+    needed = memory.estimate(dataclasses.replace(config, micro_seq_len=fitting), ranks).needed(ranks)
+    return Line("error", "memory", f"{text}: {way_out} micro_seq_len to {fitting:,} at the top of "
+                                   f"train_gpt_medium.py: about {needed / 2**30:.0f} GiB")
 
 
 def check_shards(config, errors: type[Exception], find_shards) -> Line:
@@ -222,7 +233,7 @@ def report(preset: str) -> list[Line]:
         check_driver(gpus, torch.__version__, torch.version.cuda),
         check_torch(gpus, torch),
         check_all_reduce(ranks_on(gpus) if on_gpu else 1, on_gpu),
-        check_memory(gpus, preset),
+        check_memory(gpus, config),
         check_shards(config, trainer.UserError, trainer.find_shards),
         *check_disk(config, count_shards(preset)),
         check_duration(gpus, preset, config.num_iterations),

@@ -1,4 +1,5 @@
 """What only a CUDA GPU can show: FlexAttention with its gradients, the compiled optimizer, a run of the script."""
+import gc
 import subprocess
 import sys
 from functools import partial
@@ -9,6 +10,9 @@ import torch
 import plain_optimizer
 import train_gpt_medium as tgm
 from helpers import ROOT, random_ids, randomise, relative, small_config, write_text_folder
+
+sys.path.insert(0, str(ROOT / "data"))
+import memory  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -106,6 +110,30 @@ def test_a_step_of_the_optimizer_equals_the_frozen_one():
             assert relative(p.float() - initial, q.float() - initial) < 0.03 + unit, name
         else:
             torch.testing.assert_close(p, q, rtol=8 * 2 ** -24 if p.dtype == torch.float32 else 2 ** -7, atol=0)
+
+
+@pytest.mark.parametrize("micro_seq_len", (16384, 4096))
+def test_warm_up_takes_the_memory_that_is_estimated(micro_seq_len):
+    """The forward phase, which is counted to the byte, is the largest: within the margin that is added for the rest."""
+    config = small_config(
+        layers=(tgm.Layer(value_embed=0, long_window=True), tgm.Layer(attention=False), tgm.Layer(skip_from=0)),
+        backout_from=1, vocab_size=16385, doc_token=16384, num_heads=4, head_dim=128, num_slices=1, seq_len=16384,
+        micro_seq_len=micro_seq_len, val_seq_len=16384, val_tokens=16384)
+    estimated, world = memory.estimate(config, 1), tgm.World(0, 1, torch.device("cuda"))
+    assert max(estimated.phases, key=estimated.phases.get) == "forward"
+    torch._dynamo.reset()
+    x = torch.ones(128, 128, device="cuda", dtype=torch.bfloat16)
+    x @ x  # the library's workspace stays for good
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with world.device:
+        model = tgm.GPT(config)
+    tgm.compile_model(model, whole=True)
+    optimizer = tgm.Optimizer(model, config, world, partial(torch.compile, dynamic=False, fullgraph=True))
+    tgm.warm_up(model, optimizer, world)
+    peak = torch.cuda.max_memory_allocated() - before
+    assert estimated.peak / memory.ALLOCATOR_MARGIN < peak < estimated.peak * memory.ALLOCATOR_MARGIN
 
 
 def test_the_script_runs_under_torchrun(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 from helpers import ROOT, small_config, write_text_folder
 
 sys.path.insert(0, str(ROOT / "data"))
+import memory  # noqa: E402
 import preflight  # noqa: E402
 import train_gpt_medium as tgm  # noqa: E402
 
@@ -62,16 +63,47 @@ def test_driver_line_says_which_build_fits(driver, cuda, status, words):
     assert line.status == status and words in line.text
 
 
-def test_memory_line_counts_more_for_fewer_ranks():
-    eight, one = preflight.check_memory([H100] * 8, "medium"), preflight.check_memory([H100], "medium")
-    assert eight.status == one.status == "ok"
-    assert "about 55 GiB" in eight.text and "about 61 GiB" in one.text
-    occupied = H100._replace(free_mib=20_000)
-    assert preflight.check_memory([H100] * 6 + [occupied], "medium").status == "ok"  # only the first four are used
-    busy = preflight.check_memory([H100, occupied], "medium")
-    assert busy.status == "error" and "end the other processes" in busy.text
-    small = preflight.check_memory([H100._replace(total_mib=40_000, free_mib=39_000)], "medium")
-    assert small.status == "error" and "80 GB" in small.text
+def card(total_gib: int, free_gib: int | None = None) -> preflight.Gpu:
+    return H100._replace(total_mib=1024 * total_gib, free_mib=1024 * (total_gib if free_gib is None else free_gib))
+
+
+def memory_line(*gpus: preflight.Gpu, preset: str = "medium") -> tuple[str, str]:
+    line = preflight.check_memory(list(gpus), tgm.PRESETS[preset])
+    return line.status, line.text
+
+
+def test_memory_line_says_what_is_needed_and_what_is_free():
+    (eight_status, eight), (one_status, one) = memory_line(*[H100] * 8), memory_line(H100)
+    assert eight_status == one_status == "ok"
+    for text, config_ranks in ((eight, 8), (one, 1)):
+        gib = memory.estimate(tgm.Config(), config_ranks).needed(config_ranks) / 2**30
+        assert text == f"about {gib:.0f} GiB a GPU needed (estimated) with micro_seq_len 65,536, 79 GiB free at least"
+    assert memory_line(preset="tiny")[0] == "ok" and memory_line()[0] == "warning"
+
+
+def test_memory_line_where_others_hold_the_memory():
+    assert memory_line(*[H100] * 6, card(80, 20))[0] == "ok"  # only the first four are used
+    status, text = memory_line(H100, card(80, 20))
+    assert status == "error" and text.endswith("20 GiB free at least: end the other processes that nvidia-smi lists")
+
+
+@pytest.mark.parametrize("preset", ("medium", "short"))
+@pytest.mark.parametrize("gib, ranks", [(48, 1), (40, 1), (24, 1), (40, 8), (24, 8), (16, 8)])
+def test_memory_line_names_the_largest_micro_seq_len_that_fits(gib, ranks, preset):
+    status, text = memory_line(*[card(gib)] * ranks, preset=preset)
+    fitting = memory.largest_micro_seq_len(tgm.PRESETS[preset], ranks, gib * 2**30)
+    needed, too_much = (memory.estimate(tgm.replace(tgm.PRESETS[preset], micro_seq_len=n), ranks).needed(ranks) / 2**30
+                        for n in (fitting, 2 * fitting))
+    assert needed <= gib < too_much
+    assert status == "error" and text.endswith(f": set micro_seq_len to {fitting:,} at the top of train_gpt_medium.py: "
+                                               f"about {needed:.0f} GiB")
+
+
+def test_memory_line_where_a_shorter_piece_is_not_enough():
+    status, text = memory_line(card(24, 4))
+    assert status == "error" and "end the other processes that nvidia-smi lists and set micro_seq_len to" in text
+    status, text = memory_line(card(8))
+    assert status == "error" and text.endswith("no micro_seq_len fits, use larger GPUs")
 
 
 def shard_line(folder, preset="medium"):
