@@ -232,13 +232,21 @@ PRESETS = {config.preset: config for config in (
 # Kernels: what torch.compile cannot fuse by itself. Each is a custom operation, a Triton kernel on a GPU and the same
 # function in plain torch elsewhere; the autograd Function behind it says what is kept for the backward pass.
 
+HOPPER_SHARED_BYTES = 227 * 1024  # of a multiprocessor for one program; an A100 has 163 KiB, graphics cards 99
+
+
 def kernel(function: Callable) -> Callable:
     return triton.jit(function) if triton else function
 
 
-def runs_kernels(x: Tensor) -> bool:
-    """fp32, which known answers use, is left to the plain versions: Triton would multiply it in tf32."""
-    return x.is_cuda and x.dtype != torch.float32
+def runs_kernels(x: Tensor, shared_bytes: int = 0) -> bool:
+    """fp32, which known answers use, is left to the plain versions: Triton would multiply it in tf32.
+
+    shared_bytes: what the GPU must have for the kernel's tiles, where not every GPU has enough.
+    """
+    if not x.is_cuda or x.dtype == torch.float32:
+        return False
+    return shared_bytes <= torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
 
 
 def num_multiprocessors(device: torch.device) -> int:
@@ -364,7 +372,7 @@ def mlp_up(x: Tensor, fc: Tensor) -> Tensor:
 
     Fusing relu^2 into the product is from [@andrewbriand, modded-nanogpt].
     """
-    if runs_kernels(x):
+    if runs_kernels(x, HOPPER_SHARED_BYTES):
         return launch_mlp_gemm(x, fc, None)
     return F.relu(F.linear(x, fc)).square()
 
@@ -380,7 +388,7 @@ def mlp_down_grad(dy: Tensor, proj: Tensor, post: Tensor) -> Tensor:
 
     The square's derivative is 2 relu(h), and relu(h) is the root of post: with half of post's rounding error.
     """
-    if runs_kernels(dy):
+    if runs_kernels(dy, HOPPER_SHARED_BYTES):
         return launch_mlp_gemm(dy, proj, post)
     return ((dy @ proj).float() * 2 * post.float().sqrt()).to(dy.dtype)
 
@@ -473,7 +481,7 @@ def symmetric_product(x: Tensor, scale: float, x_scale: float) -> Tensor:
     """
     n, num_rows, K = x.shape
     BLOCK, BLOCK_K = 128, 64
-    if not runs_kernels(x) or num_rows % BLOCK or K % BLOCK_K:
+    if not runs_kernels(x, HOPPER_SHARED_BYTES) or num_rows % BLOCK or K % BLOCK_K:
         return (scale * x) @ x + x_scale * x if x_scale else (scale * x) @ x.mT
     assert x.is_contiguous()
     out, in_blocks = x.new_empty(n, num_rows, num_rows), TensorDescriptor.from_tensor

@@ -18,7 +18,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt_medium as tgm  # noqa: E402
 
-MAX_SHARED_BYTES = 227 * 1024  # of one program on an H100
 
 
 class CompiledKernel(NamedTuple):
@@ -54,7 +53,7 @@ def recorded_launches() -> list[tuple[str, object, dict, dict]]:
     bf16 = torch.bfloat16
     x, post, fc = torch.empty(T, C, dtype=bf16), torch.empty(T, 4 * C, dtype=bf16), torch.empty(4 * C, C, dtype=bf16)
     logits, ids = torch.empty(T, -(-V // 128) * 128, dtype=bf16), torch.zeros(T, dtype=torch.int64)
-    with mock.patch.multiple(tgm, runs_kernels=lambda x: True, num_multiprocessors=lambda device: 132, **recorders):
+    with mock.patch.multiple(tgm, runs_kernels=lambda *_: True, num_multiprocessors=lambda device: 132, **recorders):
         tgm.mlp_up(x, fc)
         tgm.mlp_down_grad(x, fc.mT.contiguous(), post)
         tgm.cross_entropy(logits, ids, config.logit_softcap, True)
