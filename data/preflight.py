@@ -144,11 +144,16 @@ def check_shards(config, errors: type[Exception], find_shards) -> Line:
 
 
 def check_disk(config, num_shards: int) -> list[Line]:
-    """Room for the shards that are still to come, and for the log."""
+    """Room for the shards that are still to come, for the log, and for checkpoints if they are on."""
     lines = []
     present = len(list(Path(config.data_dir).glob("*.bin")))
     wanted = 4 * 2**20 if config.preset == "tiny" else max(num_shards + 1 - present, 0) * SHARD_BYTES
-    for subject, folder, needed in (("data disk", config.data_dir, wanted), ("log disk", "logs", LOG_BYTES)):
+    subjects = [("data disk", config.data_dir, wanted), ("log disk", "logs", LOG_BYTES)]
+    if config.checkpoint_every or config.checkpoint_minutes:
+        import memory  # with torch, which may not load
+        held = memory.count_held(config, 1)
+        subjects.append(("checkpoints", "checkpoints", 3 * (held["parameters"] + held["states"])))  # two and a new one
+    for subject, folder, needed in subjects:
         folder = Path(folder).absolute()
         existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
         free = shutil.disk_usage(existing).free

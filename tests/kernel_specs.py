@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt_medium as tgm  # noqa: E402
 
 
-
 class CompiledKernel(NamedTuple):
     name: str
     num_warps: int

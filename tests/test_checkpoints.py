@@ -2,6 +2,7 @@
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,11 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt_medium as tgm
-from helpers import ALONE, CPU, random_ids, run_ranks, small_config, write_shard
+from helpers import ALONE, CPU, ROOT, random_ids, run_ranks, small_config, write_shard
 from test_train import same, tensors
+
+sys.path.insert(0, str(ROOT / "data"))
+import memory  # noqa: E402
 
 # Every kind of layer, in the record's dtypes: with mantissas.
 LAYERS = (tgm.Layer(value_embed=0, long_window=True), tgm.Layer(), tgm.Layer(attention=False),
@@ -112,6 +116,9 @@ def test_the_last_two_are_kept_and_the_end_is_one(config, tmp_path, monkeypatch)
     assert saved_steps(tmp_path) == ["step_000005", "step_000006"]
     assert not list(tmp_path.rglob("*.unfinished"))
     assert len(list(tmp_path.glob("checkpoints/*/*"))) == 2  # no empty folders
+    held = memory.count_held(tgm.replace(config, dtype=torch.float32), 1)  # what the look at the disk counts with
+    size = next(tmp_path.glob("checkpoints/*/step_000006/rank_0.pt")).stat().st_size
+    assert 0 < size - held["parameters"] - held["states"] < 2**16  # random states, constants, names
 
 
 def test_minutes_count_from_the_last_one(config, tmp_path, monkeypatch):

@@ -131,6 +131,14 @@ def test_disk_lines(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage._replace(free=5 * 2**30))
     data, log = preflight.check_disk(config, 30)
     assert (data.status, log.status) == ("error", "ok") and "5.8 GiB still needed" in data.text
+    saving = tgm.replace(config, checkpoint_minutes=10.0)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage._replace(free=20 * 2**30))
+    checkpoints = preflight.check_disk(saving, 30)[2]
+    # Three of them: of each parameter, and of its copy and momentum in Snoo, of two states in AdamW or fp32 momentum,
+    # smoothed update and mantissa in Muon.
+    matrices, head, tables = 16 * 8 * 2**20 + 15 * 4 * 2**20, 50304 * 1024, 7 * 50257 * 1024
+    needed = 3 * (matrices * (3 * 2 + 4 + 2 + 2) + head * 5 * 4 + tables * 5 * 2) / 2**30
+    assert checkpoints.status == "error" and f"{needed:.1f} GiB still needed" in checkpoints.text
     (tmp_path / "new").write_text("a file in the way")
     assert "no folder" in preflight.check_disk(config, 30)[0].text
 
