@@ -41,10 +41,12 @@ def run_python(folder: str, arguments: list[str], variables: dict[str, str], con
     descriptor = os.open(console, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for standard in (1, 2):
         os.dup2(descriptor, standard)
-    module = arguments[0] == "-m"
-    sys.argv = arguments[module:]
-    (runpy.run_module if module else runpy.run_path)(sys.argv[0], run_name="__main__", **dict(alter_sys=True) if module
-                                                     else {})
+    if arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
 
 
 class Started:
