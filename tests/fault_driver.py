@@ -64,11 +64,16 @@ class Started:
             str(folder), [*torchrun, "train.py", "tiny"], variables, str(self.console)))
         self.process.start()
 
+    def reach(self, name: str) -> Path:
+        """Waits until the file is there with what it says; fails at once where nobody is left to write it."""
+        path = self.folder / name
+        wait_for(lambda: path.exists() and path.read_text() or not self.process.is_alive())
+        assert path.exists(), self.console.read_text()
+        return path
+
     def pid(self, rank: int) -> int:
         """Of a rank, once it has begun."""
-        path = self.folder / f"rank_{rank}.pid"
-        wait_for(lambda: path.exists() and path.read_text() or not self.process.is_alive())
-        return int(path.read_text())
+        return int(self.reach(f"rank_{rank}.pid").read_text())
 
     def send(self, number: int) -> None:
         """The signal, to the process that was started."""

@@ -55,7 +55,7 @@ def wait(script: dict, where: str) -> None:
     """Until a signal was noted; for ever, where nobody notes them. The file waiting_0 says that it has begun."""
     def act(_):
         signals = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
-        Path(f"waiting_{os.environ.get('RANK', '0')}").touch()
+        Path(f"waiting_{os.environ.get('RANK', '0')}").write_text("yes")
         while signals is None or not signals.received:
             time.sleep(0.01)
 

@@ -156,7 +156,8 @@ def test_two_ranks_go_on_after_one_fault_after_the_other(place, straight, capsys
     where, first = str(Path(path).parent), 2  # the run's folder: its last checkpoint is meant
     for fault, number, last in (("wait * 6", signal.SIGTERM, 6), ("wait * 7", signal.SIGINT, 7)):
         with Started(place, fault, ranks=2, RESUME_FROM=where) as started:
-            wait_for(lambda: (place / "waiting_0").exists() and (place / "waiting_1").exists())
+            for rank in started.ranks:
+                started.reach(f"waiting_{rank}")
             started.send(number)
             code, console = started.finish()
         assert re.search(rf"^resumed from \S+/step_{first:06d}: not", newest_log(place), re.M)
@@ -182,7 +183,7 @@ def test_two_ranks_go_on_after_one_fault_after_the_other(place, straight, capsys
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_after_its_step(place, straight, capsys, number):
     with Started(place, "wait 0 3") as started:
-        wait_for((place / "waiting_0").exists)
+        started.reach("waiting_0")
         started.send(number)
         code, console = started.finish()
     (*_, path) = saved(place)
@@ -199,7 +200,8 @@ def test_a_signal_ends_the_run_after_its_step(place, straight, capsys, number):
 def test_without_checkpoints_a_signal_ends_the_run_at_once(config, tmp_path, capsys, number, ranks):
     write_copy(tmp_path / "train.py", tgm.replace(config, checkpoint_every=0))
     with Started(tmp_path, "wait * 3", ranks) as started:
-        wait_for((tmp_path / f"waiting_{max(ranks - 1, 0)}").exists)
+        for rank in started.ranks or (0,):
+            started.reach(f"waiting_{rank}")
         started.send(number)
         code, _ = started.finish(DOWN_S)
         assert not any(is_alive(started.pid(rank)) for rank in started.ranks)
