@@ -48,6 +48,11 @@ def ids(run, shard) -> torch.Tensor:
     return leakage.audited_ids(shard, run[0])
 
 
+def test_the_readme_lists_the_checks():
+    table = (ROOT / "records" / "README.md").read_text().split("| check | what must hold |")[1].split("\n\n")[0]
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [f"| {check}" for check in CHECKS]
+
+
 def test_a_trained_checkpoint_passes(run, capsys):
     config, folder = run
     assert weights.main(["audit", str(folder), "--data", config.data_dir]) == 0
