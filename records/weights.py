@@ -31,6 +31,7 @@ import leakage
 from train_gpt_medium import UserError
 
 FORMAT = "smear-mtp weights 1"  # the number changes when files can no longer be read by earlier tools
+NOT_CONSTANTS = "number of ranks", "script", "set of shards"  # in a checkpoint's made_by
 CPU = torch.device("cpu")
 
 
@@ -97,8 +98,9 @@ def read_part(path: Path) -> dict:
         raise UserError(f"{path} is missing: all ranks' parts are needed.") from error
     except Exception as error:  # whatever zipfile, pickle and torch raise
         raise UserError(f"{path} is torn or damaged: use an earlier step's checkpoint.") from error
-    if not isinstance(part, dict) or not {"made_by", "step", "shards"} <= part.keys() or not (
-            {"number of ranks", "script", "set of shards"} <= part["made_by"].keys()):
+    made_by = part.get("made_by") if isinstance(part, dict) else None
+    if not isinstance(made_by, dict) or not (set(NOT_CONSTANTS) <= made_by.keys()
+                                             and {"step", "seed", "shards"} <= part.keys()):
         raise UserError(f"{path} is not a part of a checkpoint of train_gpt_medium.py.")
     return part
 
@@ -109,13 +111,12 @@ def read_checkpoint(folder: Path) -> Weights:
     made_by, size = first["made_by"], first["made_by"]["number of ranks"]
     parts = {folder / f"rank_{rank}.pt": first if rank == 0 else read_part(folder / f"rank_{rank}.pt")
              for rank in range(size)}
-    constants = {name: json.loads(value) for name, value in made_by.items()
-                 if name not in ("number of ranks", "script", "set of shards")}
+    constants = {name: json.loads(value) for name, value in made_by.items() if name not in NOT_CONSTANTS}
     config = parse_config(constants, folder)
     model = tgm.GPT(config)
     banks = tgm.Optimizer(model, config, tgm.World(0, size, CPU)).banks
     for rank, (path, part) in enumerate(parts.items()):
-        if (part["made_by"], part["step"]) != (made_by, first["step"]):
+        if any(part[name] != first[name] for name in ("made_by", "step", "seed")):
             raise UserError(f"{path} is of another run or step than rank_0.pt: do not mix parts.")
         if {name: (shard.shape, shard.dtype) for name, shard in part["shards"].items()} != {
                 name: (bank.shard.shape, bank.shard.dtype) for name, bank in banks.items()}:

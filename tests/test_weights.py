@@ -281,6 +281,8 @@ BAD_PARTS = {
     "a byte": (flip_a_byte, "torn or damaged"),
     "text": (lambda path: path.write_text("not a checkpoint"), "torn or damaged"),
     "another program's": (lambda path: torch.save({"model": torch.ones(3)}, path), "not a part of a checkpoint"),
+    "another dictionary": (lambda path: torch.save({"made_by": 3, "step": 1, "seed": 1, "shards": {}}, path),
+                           "not a part of a checkpoint"),
     "missing": (lambda path: path.unlink(), "is missing"),
 }
 
@@ -295,6 +297,7 @@ def edited(edit):
 
 BAD_PARTS |= {
     "another run's": (edited(lambda part: part["made_by"].update(seed="5")), "of another run or step than rank_0.pt"),
+    "another seed's": (edited(lambda part: part.update(seed=5)), "of another run or step than rank_0.pt"),
     "another step's": (edited(lambda part: part.update(step=1)), "of another run or step than rank_0.pt"),
     "a bank missing": (edited(lambda part: part["shards"].pop("embeds")), "other parameters"),
     "a bank of another shape": (edited(lambda part: part["shards"].update(embeds=torch.ones(3))), "other parameters"),
