@@ -255,7 +255,7 @@ def check_warm_up(model: tgm.GPT, world: tgm.World) -> Outcome:
     after = traces(model, optimizer)
     changed = [name for name in before.keys() | after.keys() if not (name in before and name in after and (
         torch.equal(before[name], after[name]) if isinstance(before[name], Tensor) else before[name] == after[name]))]
-    what = f"{model.config.warmup_steps} steps and a validation"
+    what = f"warmup_steps = {model.config.warmup_steps} and a validation"
     if changed:
         return Outcome("warm-up", False, f"{what} change {len(changed)} of {len(before)} states ({min(changed)})")
     return Outcome("warm-up", True, f"{what} leave {len(before)} states as they were")

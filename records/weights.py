@@ -201,7 +201,10 @@ def export(source: Path, out: Path) -> None:
                 "script": weights.script, "run_id": weights.run_id}
     unfinished = out.with_name(out.name + ".unfinished")
     try:
+        unfinished.touch()
+        mode = unfinished.stat().st_mode
         safetensors.torch.save_file(weights.params, unfinished, metadata)
+        unfinished.chmod(mode)  # safetensors leaves a file that its owner alone may read
         tgm.force_to_disk(unfinished)
         os.replace(unfinished, out)
         tgm.force_to_disk(out.parent)

@@ -94,6 +94,8 @@ def test_two_ranks_shards_become_the_parameters(two_ranks, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
     count = sum(p.numel() for p in trained.values())
     assert f"{len(trained)} parameters, {count:,} numbers, after step 2 of run {run.name}" in capsys.readouterr().out
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
     in_file = sum(p.numel() * p.element_size() for p in trained.values())
     assert (tmp_path / "model.safetensors").stat().st_size < in_file + 10_000  # views do not drag their buffers along
 
