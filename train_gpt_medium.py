@@ -1376,7 +1376,7 @@ class Checkpoints:
                 raise zipfile.BadZipFile
             saved = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError:
-            problem = f"{path} does not exist: name a run's folder, or one of its checkpoints, in RESUME_FROM."
+            problem = f"{path} does not exist: RESUME_FROM needs a run's folder or checkpoint, and its number of ranks."
         except Exception:  # whatever zipfile, pickle and torch raise
             before = max((other for other in folder.parent.glob("step_*") if other < folder), default=None)
             problem = (f"{path} is torn or damaged: "

@@ -14,7 +14,7 @@ import numpy as np
 
 import readme_figures as figures
 from inference import ALPHA, POOLED_SIGMA, POWER, TARGET, TargetTest, against_target, format_p, runs_needed
-from run_log import RecordError, Run, find_logs, read_log, read_published
+from run_log import NoSteps, RecordError, Run, find_logs, read_log, read_published
 from tables import format_json, format_table
 
 NUM_GPUS = 8
@@ -48,6 +48,7 @@ class Folder:
     failed: list[Run] = field(default_factory=list)  # in folders named so
     other: list[Run] = field(default_factory=list)  # further folders beside the record's logs: ablations
     unreadable: list[str] = field(default_factory=list)
+    unstarted: int = 0  # of the unreadable, those without a step
     published: dict | None = None  # figures in place of logs
     scripts: list[Path] = field(default_factory=list)
 
@@ -114,6 +115,7 @@ def read_folder(path: Path) -> Folder:
             roles.setdefault(role_of(log, path), []).append(read_log(log))
         except RecordError as error:
             folder.unreadable.append(str(error))
+            folder.unstarted += isinstance(error, NoSteps)
     folder.baseline, folder.failed = roles.pop("baseline", []), roles.pop("failed", [])
     folder.record = roles.pop("record", None) or list(chain(*roles.values()))
     folder.other = [run for run in chain(*roles.values()) if run not in folder.record]
@@ -177,8 +179,8 @@ def all_finished(folder, limits):
 def none_left_out(folder, limits):
     sources = {run.source for run in folder.record if run.source}
     return [f"{run.path.relative_to(folder.path)} is a finished run of the record's script"
-            for run in folder.failed + folder.other + folder.baseline
-            if run.finished and run.source in sources and same_constants(run, folder.record[0])]
+            for run in folder.failed + folder.other + folder.baseline if run.finished and not run.resumed_from
+            and run.source in sources and same_constants(run, folder.record[0])]
 
 
 @rule("unique", "error", "A run counted twice feigns evidence.", "the field: runs counted twice", on_figures=True)
@@ -341,9 +343,9 @@ def prose_is_sourced(folder, limits):
 # What ran
 
 def same_constants(a: Run, b: Run) -> bool:
-    """Whether the constants that our logs print agree, but for the seed and where the data lie."""
+    """Whether the constants that our logs print agree, but for the seed and where data and checkpoint lie."""
     differing = {name for name, _ in a.constants.items() ^ b.constants.items()}
-    return differing <= {"drawn seed", "data_dir", "shards"}
+    return differing <= {"drawn seed", "data_dir", "shards", "resumed from"}
 
 
 @rule("one-source", "error", "Runs of different scripts are no sample of one.", "records/README.md, rule 6")
@@ -512,6 +514,13 @@ def clock_problems(run: Run) -> list[str]:
     return problems
 
 
+@rule("resumed", "error", "A resumed run's time is put together from two starts: only runs from beginning to end are "
+      "timed; keep resumed ones in failed/.", "records/README.md, rule 2")
+def none_resumed(folder, limits):
+    return [f"{name_of(run)} was resumed from {run.resumed_from}" for run in folder.record + folder.baseline
+            if run.resumed_from]
+
+
 @rule("baseline", "warning", "Without a baseline on the same hardware and torch the speed claim is uncontrolled.",
       "records/README.md, rule 5")
 def baseline_is_comparable(folder, limits):
@@ -544,7 +553,7 @@ def verdict_of(folder: Folder, findings: list[Finding]) -> str:
     errors = f"{broken['error']} error{'s' * (broken['error'] != 1)}"
     if folder.published:
         return "figures only, cannot be verified" + (f"; {errors} in the figures" if broken["error"] else "")
-    if not folder.logs:
+    if not folder.logs and not folder.unstarted:
         return "nothing to judge: no log can be read" if folder.unreadable else "nothing to judge: no logs, no figures"
     if not folder.counted:
         return "unfinished: no run of the record has a final loss"

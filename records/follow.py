@@ -8,7 +8,7 @@ import numpy as np
 from scipy import stats
 
 from inference import std
-from run_log import RecordError, Run, Validation, find_logs, read_log, read_published, read_runs
+from run_log import NoSteps, RecordError, Run, Validation, find_logs, read_log, read_published, read_runs
 from tables import format_json
 
 PUBLISHED = Path(__file__).resolve().parent / "2025-11-02_SmearMTP"
@@ -142,8 +142,8 @@ def read_live(path: Path, may_wait: bool) -> Run | None:
         raise RecordError(f"{path} is a folder: name one log.")
     try:
         return read_log(path)
-    except RecordError as error:
-        if may_wait and path.exists() and ("no step lines" in str(error) or "is empty" in str(error)):
+    except NoSteps:
+        if may_wait:
             return None
         raise
 

@@ -2,7 +2,8 @@
 
 A log is the script's source, a line of =, versions and nvidia-smi, a line of =, then `step:125/5535 val_loss:4.263118
 train_time:28554ms step_avg:228.43ms` lines, with or without further fields, and the peak memory. Reading is liberal
-(4 or 6 decimals, train losses, steps without a clock, a last line cut short); judging is left to the rules of `audit`.
+(4 or 6 decimals, train losses, steps without a clock, a last line without its end, which is left out since it may be
+cut within a number); judging is left to the rules of `audit`.
 """
 import json
 import math
@@ -25,6 +26,10 @@ NOT_LOGS = ("requirements", "readme", "license", "citation")
 
 class RecordError(Exception):
     """Something the user can put right: shown as one sentence, without a traceback."""
+
+
+class NoSteps(RecordError):
+    """A log without a step: of a run that has just begun, or that died before its first."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,11 @@ class Run:
     @property
     def finished(self) -> bool:
         return bool(self.validations) and self.validations[-1].step == self.num_iterations
+
+    @property
+    def resumed_from(self) -> str:
+        """The checkpoint that the run went on from; empty if it began at the beginning."""
+        return self.constants.get("resumed from", "")
 
     @property
     def last_step(self) -> int:
@@ -137,7 +147,7 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise RecordError(f"{path} cannot be read ({error.strerror}): name a log.") from error
     if not data.strip():
-        raise RecordError(f"{path} is empty: copy the log again.")
+        raise NoSteps(f"{path} is empty: copy the log again.")
     if b"\0" in data:
         raise RecordError(f"{path} is not a text file: copy the log again.")
     return data.decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
@@ -172,9 +182,10 @@ def parse_environment(text: str) -> Environment:
 
 
 def parse_constants(text: str) -> dict[str, str]:
-    """`name = value` lines of our logs, the seed that was drawn and where the shards came from."""
+    """`name = value` lines of our logs, the seed that was drawn, where the shards and a resumed run came from."""
     constants = dict(re.findall(r"^(\w+) = (.+)$", text, re.M))
-    for name, pattern in (("drawn seed", r"^seed drawn or given: (\d+)"), ("shards", r"^training shards: (.+)$")):
+    for name, pattern in (("drawn seed", r"^seed drawn or given: (\d+)"), ("shards", r"^training shards: (.+)$"),
+                          ("resumed from", r"^resumed from (.+): not eligible")):
         match = re.search(pattern, text, re.M)
         if match:
             constants[name] = match[1]
@@ -186,9 +197,7 @@ def parse_lines(text: str, path: Path):
     totals: set[int] = set()
     validations: list[Validation] = []
     step_ms: list[tuple[int, float]] = []
-    lines = text.splitlines()
-    cut_short = not text.endswith("\n")
-    for number, line in enumerate(lines):
+    for line in text[:text.rfind("\n") + 1].splitlines():
         if not line.lstrip().startswith("step:"):
             continue
         match = STEP_LINE.match(line)
@@ -196,8 +205,6 @@ def parse_lines(text: str, path: Path):
         values = {name: parse_number(value) for name, value in fields.items()}
         known = [values.get(name) for name in ("val_loss", "train_time", "train_loss") if name in values]
         if not known or None in known:
-            if cut_short and number == len(lines) - 1:
-                break  # a live log, or a copy that was cut
             raise RecordError(f"{path} is damaged at {line[:60]!r}: copy the log again.")
         step, total = int(match[1]), int(match[2])
         totals.add(total)
@@ -213,7 +220,7 @@ def parse_lines(text: str, path: Path):
         else:
             step_ms.append((step, train_ms))
     if not totals:
-        raise RecordError(f"{path} has no step lines: " + (
+        raise NoSteps(f"{path} has no step lines: " + (
             "llm.c wrote it (s:… tel:…), without train times and source, so it cannot be judged."
             if LLM_C_LINE.search(text) else "it is no log of a run, or the run died before its first step."))
     if len(totals) > 1 or max([s for s, _ in step_ms] + [v.step for v in validations]) > max(totals):

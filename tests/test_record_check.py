@@ -63,6 +63,7 @@ def add_source(line: str):
 
 
 SPEC, FIRST, BASELINE = logs.Spec(), logs.record_specs()[0], logs.baseline_specs()
+RESUMED = "\nresumed from checkpoints/0a1b/step_000100: not eligible as a timed record"
 SPREAD = [2.9185 + 0.003 * x for x in (1, -1, 1.1, -1.1, 0.9, -0.9, 1.2, -1.2)]
 SMALL_MARGIN = [loss + 0.0007 for loss in logs.LOSSES]
 BREAKS = [
@@ -105,6 +106,9 @@ BREAKS = [
     ("times", lambda record: replace_in(first_log(record), "ms step_avg:24", "ms step_avg:23")),
     ("times", lambda record: first_log(record).write_text("".join(
         line for line in first_log(record).read_text().splitlines(True) if not line.startswith("step:77/")))),
+    ("resumed", lambda record: logs.write_log(record, replace(FIRST, constants=FIRST.constants + RESUMED))),
+    ("resumed", lambda record: logs.write_log(record / "baseline", replace(
+        BASELINE[0], constants=BASELINE[0].constants + RESUMED))),
     ("baseline", lambda record: shutil.rmtree(record / "baseline")),
     ("baseline", lambda record: [logs.write_log(record / "baseline", spec)
                                  for spec in logs.baseline_specs(torch="2.9.0+cu126")]),
@@ -177,8 +181,23 @@ def test_unfinished_runs_have_their_own_verdict(tmp_path):
     assert audit.check(tmp_path, LIMITS, as_json=False) == 1
 
 
-def test_crashed_runs_may_be_kept(record):
+def test_a_log_cut_anywhere_is_of_an_unfinished_run(tmp_path, capsys):
+    """In its head, between lines, within any of them, and within the last validation, whose loss would be another."""
+    text = logs.log_text(replace(SPEC, num_iterations=20, val_every=5))
+    head, end = text.index("step:0/"), text.index("peak memory")
+    for cut in (0, 1, len(SPEC.source) // 2, text.index("Running Python"), *range(head - 1, end, 7), end - 1):
+        (tmp_path / f"{SPEC.run_id}.txt").write_text(text[:cut])
+        assert audit.check(tmp_path, LIMITS, as_json=False) == 1
+        shown = capsys.readouterr().out
+        assert ": unfinished: no run of the record has a final loss\n" in shown, cut
+        assert (" of 20" if cut > text.index("step:1/") else "") in shown
+    (tmp_path / f"{SPEC.run_id}.txt").write_text(text[:end])
+    assert not broken_rules(tmp_path).keys() & {"finished", "readable"}
+
+
+def test_crashed_and_resumed_runs_may_be_kept(record):
     logs.write_log(record / "failed", replace(SPEC, seed=60, last_step=60))
+    logs.write_log(record / "failed", replace(SPEC, seed=61, constants=SPEC.constants + RESUMED))
     assert broken_rules(record) == {}
 
 

@@ -1,0 +1,102 @@
+"""What a copy of the trainer does to itself on request, for test_faults.py. Imports nothing of the repository.
+
+FAULT=`die 1 5` names a function below, the rank that it strikes (* for all), and where.
+"""
+import io
+import math
+import os
+import signal
+import time
+from pathlib import Path
+
+
+def install(script: dict) -> None:
+    """`script`: the copy's globals. Leaves the process's id in the file rank_0.pid."""
+    rank = os.environ.get("RANK", "0")
+    Path(f"rank_{rank}.pid").write_text(str(os.getpid()))
+    name, struck, where = os.environ.get("FAULT", "none 0 0").split()
+    if name != "none" and struck in (rank, "*"):
+        globals()[name](script, where)
+
+
+def in_step(script: dict, where: str, act) -> None:
+    """`act(optimizer)` in the step that makes `where` complete, when it has its gradients and has updated nothing."""
+    update = script["Optimizer"].step
+
+    def step(optimizer, number):
+        if number + 1 == int(where):
+            act(optimizer)
+        update(optimizer, number)
+
+    script["Optimizer"].step = step
+
+
+def die(script: dict, where: str) -> None:
+    in_step(script, where, lambda _: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def freeze(script: dict, where: str) -> None:
+    in_step(script, where, lambda _: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def fail(script: dict, where: str) -> None:
+    def act(_):
+        raise RuntimeError("this rank has a fault of its own")
+
+    in_step(script, where, act)
+
+
+def spoil(script: dict, where: str) -> None:
+    """One number of one gradient is nan."""
+    in_step(script, where, lambda optimizer: optimizer.params[-1].grad.view(-1)[:1].fill_(math.nan))
+
+
+def wait(script: dict, where: str) -> None:
+    """Until a signal was noted; for ever, where nobody notes them. The file waiting_0 says that it has begun."""
+    def act(_):
+        signals = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+        Path(f"waiting_{os.environ.get('RANK', '0')}").touch()
+        while signals is None or not signals.received:
+            time.sleep(0.01)
+
+    in_step(script, where, act)
+
+
+def fill(script: dict, where: str) -> None:
+    """The disk of the log; its lines are as long as the last page that it holds already."""
+    log = script["Log"].__call__
+
+    def act(_):
+        with open("logs/filler", "wb", buffering=0) as filler:
+            try:
+                while filler.write(bytes(4096)):
+                    pass
+            except OSError:
+                script["Log"].__call__ = lambda self, text, console=False: log(self, text.ljust(8192), console)
+
+    in_step(script, where, act)
+
+
+def die_writing(script: dict, where: str) -> None:
+    """Killed while the second checkpoint is written: after a share of its bytes, or around the renaming."""
+    save, replace = script["torch"].save, os.replace
+
+    def save_some(content, path):
+        buffer = io.BytesIO()
+        save(content, buffer)
+        data = buffer.getvalue()
+        if "step_000004" in str(path) and where not in ("written", "renamed"):
+            count = {"none": 0, "one": 1, "half": len(data) // 2, "all-but-one": len(data) - 1, "all": len(data)}[where]
+            Path(path).write_bytes(data[:count])
+            os.kill(os.getpid(), signal.SIGKILL)
+        Path(path).write_bytes(data)
+
+    def replace_or_die(source, target):
+        fatal = "step_000004" in str(target)
+        if not (fatal and where == "written"):
+            replace(source, target)
+        if fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    script["torch"].save, os.replace = save_some, replace_or_die
+
