@@ -6,6 +6,7 @@ import struct
 import traceback
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -127,6 +128,25 @@ def write_text_folder(folder: Path, config: tgm.Config, seed: int = 0) -> tgm.Co
     write_shard(folder / "text_train_000001.bin", random_ids(num_tokens, config, seed))
     write_shard(folder / "text_val_000000.bin", random_ids(config.val_tokens + 1, config, seed + 1))
     return tgm.replace(config, data_dir=str(folder))
+
+
+# Every kind of layer.
+FEW_LAYERS = (tgm.Layer(value_embed=0, long_window=True), tgm.Layer(), tgm.Layer(attention=False),
+              tgm.Layer(skip_from=1, value_embed=0, long_window=True))
+
+
+def train_few_layers(folder: Path, **changes) -> tuple[tgm.Config, Path]:
+    """`main` in `folder`: eight fp32 steps of four layers, with checkpoints after 4 and 8; the run's checkpoints."""
+    config = write_text_folder(folder / "shards", small_config(**(dict(
+        layers=FEW_LAYERS, backout_from=1, dtype=torch.float32, num_slices=2, num_iterations=8, val_every=4,
+        checkpoint_every=4) | changes)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            patch.delenv(name, raising=False)
+        patch.chdir(folder)
+        tgm.main(config)
+    return config, next((folder / "checkpoints").iterdir())
 
 
 def _rank_main(rank: int, size: int, port: int, function, args, folder: str) -> None:
