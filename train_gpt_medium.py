@@ -1350,9 +1350,9 @@ class Checkpoints:
             os.replace(unfinished, folder / name)
             force_to_disk(folder)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
-            unfinished.unlink(missing_ok=True)
             problem = (f"{folder / name} cannot be written ({str(error).splitlines()[0]}; "
                        f"{shutil.disk_usage(self.folder.parent).free / 2**20:,.0f} MiB are free): make room for it.")
+            unfinished.unlink(missing_ok=True)
         self._agree(problem)
         self.last, self.saved_at = folder, time.monotonic()
         for old in sorted(self.folder.glob("step_*"))[:-2]:

@@ -1,4 +1,4 @@
-"""Lets the tests import the trainer from the repository's root, wherever pytest is started."""
+"""Lets the tests import the trainer from the repository's root, wherever pytest is started; the slowest files first."""
 import os
 import sys
 from pathlib import Path
@@ -11,3 +11,9 @@ if not os.path.exists("/dev/nvidiactl"):
     os.environ["TRITON_INTERPRET"] = "1"
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+SLOW_FILES = ("test_cli.py", "test_faults.py", "test_trajectory.py")
+
+
+def pytest_collection_modifyitems(items):
+    """So that no worker is left alone with one of them at the end."""
+    items.sort(key=lambda item: item.path.name not in SLOW_FILES)
