@@ -1297,7 +1297,8 @@ class Checkpoints:
     for. None of this exists in a run without checkpoints.
     """
     def __init__(self, config: Config, source: str, train_shards: list[Shard], run_id: str, seed: int, world: World):
-        self.config, self.seed, self.world, self.signals, self.last = config, seed, world, StopSignals(), None
+        self.config, self.seed, self.world, self.last = config, seed, world, None
+        self.signals, self.stopped_by = StopSignals(), 0
         self.group = dist.new_group(backend="gloo") if world.size > 1 else None
         self.folder = Path("checkpoints") / self._gather(run_id)[0]
         self.made_by = {name: json.dumps(value, default=str) for name, value in asdict(config).items()}
@@ -1326,14 +1327,14 @@ class Checkpoints:
             raise UserError(problems[0])
 
     def due(self, step: int) -> bool:
-        """Whether all ranks are to save after `step` steps. What any of them was told is noted in all."""
+        """Whether all ranks are to save after `step` steps. `stopped_by` is the signal that any received."""
         limit = 60 * self.config.checkpoint_minutes
         told = self._gather((self.signals.received, 0 < limit <= time.monotonic() - self.saved_at))
-        self.signals.received = max(number for number, _ in told)
-        if self.signals.received:
+        self.stopped_by = max(number for number, _ in told)
+        if self.stopped_by:
             self.signals.seen.set()
         every = self.config.checkpoint_every
-        return self.signals.received > 0 or any(late for _, late in told) or (every > 0 and step % every == 0)
+        return self.stopped_by > 0 or any(late for _, late in told) or (every > 0 and step % every == 0)
 
     def save(self, step: int, seconds: float, optimizer: Optimizer) -> None:
         """After `step` steps and `seconds` of training. Raises UserError on all ranks if one cannot write."""
@@ -1506,8 +1507,8 @@ def train(model: GPT, optimizer: Optimizer, loader: TrainLoader, val_shard: Shar
             watch.read()
         if saves:
             checkpoints.save(step, clock.seconds, optimizer)
-            if checkpoints.signals.received:
-                raise UserError(f"{signal.Signals(checkpoints.signals.received).name} ended the run after step {step}.")
+            if checkpoints.stopped_by:
+                raise UserError(f"{signal.Signals(checkpoints.stopped_by).name} ended the run after step {step}.")
         if validates:
             val_loss = evaluate(model, val_shard, step, world)
             train_ms = 1000 * clock.seconds
