@@ -61,7 +61,7 @@ BLOCK_SIZE = 128  # tokens of an attention block
 LONG_WINDOW_KERNEL = {"ROWS_GUARANTEED_SAFE": True}
 SHORT_WINDOW_KERNEL = {"ROWS_GUARANTEED_SAFE": True}
 WATCH_EVERY = 16  # steps between two looks of all ranks at what is not finite, for which no step waits
-STOP_LIMIT_S = 20  # for the step in progress to end after SIGTERM; torchrun kills 30 s after it
+STOP_LIMIT_S = 20  # for the step in progress to end after SIGTERM; torchrun kills after 30, or --shutdown-timeout
 
 
 class Layer(NamedTuple):
@@ -115,8 +115,8 @@ class Config:
     doc_token: int = 50256  # begins every document
     seq_len: int = 64 * 1024  # one slice
     num_slices: int = 8  # of the global batch
-    # A slice is processed in pieces of this length, which the ranks share: shorter ones fit smaller cards and more
-    # ranks. Windows, documents, positions and Smear-MTP's neighbour end at a piece's borders; validation's likewise.
+    # A slice is processed in pieces of at most this length, which the ranks share: shorter ones fit smaller cards and
+    # more ranks. Windows, documents, positions and Smear-MTP's neighbour end at their borders; in validation likewise.
     micro_seq_len: int = 64 * 1024
     val_tokens: int = 10_485_760  # the task's definition
     val_seq_len: int = 4 * 64 * 1024
@@ -170,7 +170,6 @@ class Config:
             (self.seq_len % BLOCK_SIZE == 0, f"seq_len {self.seq_len} is not a multiple of {BLOCK_SIZE}"),
             (self.micro_seq_len >= BLOCK_SIZE and self.seq_len % self.piece_len == 0 == self.piece_len % BLOCK_SIZE,
              f"micro_seq_len {self.micro_seq_len} is no multiple of {BLOCK_SIZE} that divides seq_len {self.seq_len}"),
-            (self.val_seq_len % BLOCK_SIZE == 0, f"val_seq_len {self.val_seq_len} is not a multiple of {BLOCK_SIZE}"),
             (self.val_seq_len * self.piece_len % (self.seq_len * BLOCK_SIZE) == 0,
              f"val_seq_len {self.val_seq_len} cannot be cut as seq_len is, to pieces of a multiple of {BLOCK_SIZE}"),
             (self.val_piece_len % self.val_loss_chunks == 0, "val_loss_chunks does not divide val_seq_len's pieces"),
@@ -1214,9 +1213,10 @@ class Watch:
     the answer travels to the host during the next steps and is read before the next one is asked for.
     """
     def __init__(self, causes: list[str], world: World):
-        self.causes, self.world, self.answer = causes, world, None
-        self.first_bad = torch.full((len(causes),), math.inf, device=world.device)
-        self.arrived = torch.cuda.Event() if world.device.type == "cuda" else None
+        self.causes, self.world, self.answer = causes, world, torch.full((len(causes),), math.inf)
+        self.first_bad = self.answer.to(world.device, copy=True)
+        nothing = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
+        self.arrived = torch.cuda.Event() if world.device.type == "cuda" else nothing
 
     def note(self, step: int, values: list[Tensor]) -> None:
         """values: what the step that made `step` complete ones left, a zero-dim fp32 tensor a cause."""
@@ -1231,15 +1231,11 @@ class Watch:
         if self.world.size > 1:
             dist.all_reduce(agreed, dist.ReduceOp.MIN)
         self.answer = agreed.to("cpu", non_blocking=True)
-        if self.arrived is not None:
-            self.arrived.record()
+        self.arrived.record()
 
     def read(self) -> None:
         """Look at the last answer. Raises UserError, the same on all ranks, if anything was not finite."""
-        if self.answer is None:
-            return
-        if self.arrived is not None:
-            self.arrived.synchronize()
+        self.arrived.synchronize()
         steps = self.answer.tolist()
         if min(steps) < math.inf:
             raise UserError(f"the {self.causes[steps.index(min(steps))]} of step {min(steps):.0f} was not finite: "
@@ -1274,10 +1270,11 @@ class StopSignals:
         self.received = number
 
     def _count(self, read_end: int) -> None:
-        if os.read(read_end, 1) and not self.seen.wait(STOP_LIMIT_S):
-            print(f"error: no step ended within {STOP_LIMIT_S} s of a signal to stop: go on from the last checkpoint.",
-                  file=sys.stderr, flush=True)
-            os._exit(1)
+        while os.read(read_end, 1):  # a byte a signal; open to the end, as a signal to a closed pipe prints an error
+            if not self.seen.wait(STOP_LIMIT_S):
+                print(f"error: no step ended within {STOP_LIMIT_S} s of a signal to stop: go on from the last "
+                      f"checkpoint.", file=sys.stderr, flush=True)
+                os._exit(1)
         os.close(read_end)
 
 
@@ -1296,15 +1293,16 @@ class Checkpoints:
     or number of ranks goes on with it. The last two are kept. Ranks agree through gloo, on the host: no GPU is waited
     for. None of this exists in a run without checkpoints.
     """
-    def __init__(self, config: Config, source: str, train_shards: list[Shard], run_id: str, seed: int, world: World):
+    def __init__(self, config: Config, source: str, shards: list[Shard], run_id: str, seed: int, world: World):
         self.config, self.seed, self.world, self.last = config, seed, world, None
         self.signals, self.stopped_by = StopSignals(), 0
         self.group = dist.new_group(backend="gloo") if world.size > 1 else None
         self.folder = Path("checkpoints") / self._gather(run_id)[0]
         self.made_by = {name: json.dumps(value, default=str) for name, value in asdict(config).items()}
         del self.made_by["data_dir"]  # the shards may have moved
-        self.made_by |= {"number of ranks": world.size, "script": hashlib.sha256(source.encode()).hexdigest(),
-                         "set of shards": [(shard.path.name, shard.num_tokens) for shard in train_shards]}
+        self.made_by |= {"number of ranks": world.size, "version of torch": str(torch.__version__),
+                         "script": hashlib.sha256(source.strip().encode()).hexdigest(),
+                         "set of shards": [(shard.path.name, shard.num_tokens) for shard in shards]}
         self.saved_at = time.monotonic()
         problem = None
         try:
@@ -1341,7 +1339,7 @@ class Checkpoints:
         folder, name = self.folder / f"step_{step:06d}", f"rank_{self.world.rank}.pt"
         content = dict(made_by=self.made_by, step=step, seconds=seconds, seed=self.seed, rng=torch.get_rng_state(),
                        gpu_rng=torch.cuda.get_rng_state() if self.world.device.type == "cuda" else None,
-                       shards={name: bank.shard.clone() for name, bank in optimizer.banks.items()},
+                       shards={name: bank.shard.to("cpu", copy=True) for name, bank in optimizer.banks.items()},
                        optimizer=optimizer.state_dict())
         unfinished, problem = folder / f"{name}.unfinished", None
         try:
@@ -1349,7 +1347,8 @@ class Checkpoints:
             torch.save(content, unfinished)
             force_to_disk(unfinished)
             os.replace(unfinished, folder / name)
-            force_to_disk(folder)
+            for renamed_in in (folder, self.folder, self.folder.parent):
+                force_to_disk(renamed_in)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
             problem = (f"{folder / name} cannot be written ({str(error).splitlines()[0]}; "
                        f"{shutil.disk_usage(self.folder.parent).free / 2**20:,.0f} MiB are free): make room for it.")
@@ -1358,10 +1357,8 @@ class Checkpoints:
         self.last, self.saved_at = folder, time.monotonic()
         for old in sorted(self.folder.glob("step_*"))[:-2]:
             (old / name).unlink(missing_ok=True)
-            try:
+            with contextlib.suppress(OSError):  # other ranks' parts are still in it, or another rank was faster
                 old.rmdir()
-            except OSError:  # other ranks' parts are still in it, or another rank was faster
-                pass
 
     def read(self, where: str) -> dict:
         """This rank's part of a checkpoint: of the folder of one, or of the last one in a run's folder.
@@ -1376,17 +1373,20 @@ class Checkpoints:
             if zipfile.ZipFile(path).testzip() is not None:  # torch.load does not compare the check sums
                 raise zipfile.BadZipFile
             saved = torch.load(path, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            problem = f"{path} does not exist: RESUME_FROM needs a run's folder or checkpoint, and its number of ranks."
+            theirs = saved["made_by"]
+            other = [name for name, value in self.made_by.items() if theirs.get(name) != value]
+        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            problem = (f"{path} cannot be read ({error.strerror}): RESUME_FROM needs a run's folder or checkpoint, and "
+                       f"its number of ranks.")
         except Exception:  # whatever zipfile, pickle and torch raise
             before = max((other for other in folder.parent.glob("step_*") if other < folder), default=None)
             problem = (f"{path} is torn or damaged: "
                        f"{f'RESUME_FROM={before} goes on from the one before it' if before else 'none is before it'}.")
         else:
-            other = [name for name, value in self.made_by.items() if saved["made_by"].get(name) != value]
             if other:
-                problem = (f"{path} was made with another {other[0]}: go on with the script at the head of its run's "
-                           f"log, the same preset, shards and number of ranks.")
+                problem = (f"{path} was made with another {other[0]} ({theirs.get(other[0])!s:.80}, here "
+                           f"{self.made_by[other[0]]!s:.80}): go on with the script at the head of its run's log, the "
+                           f"same preset, shards, torch and number of ranks.")
         self._agree(problem)
         self.last, self.seed = folder, saved["seed"]
         return saved
@@ -1401,9 +1401,6 @@ class Checkpoints:
         torch.set_rng_state(saved["rng"])
         if saved["gpu_rng"] is not None:
             torch.cuda.set_rng_state(saved["gpu_rng"])
-
-    def describe_last(self) -> str:
-        return f"RESUME_FROM={self.last} goes on from the last checkpoint." if self.last else "No checkpoint was kept."
 
 
 def as_window(blocks: int, device: torch.device) -> Tensor:
@@ -1654,7 +1651,7 @@ def main(config: Config, resume_from: str | None = None) -> float:
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=world.device if on_gpu else None)
     seed, checkpoints, saved, resumed = draw_seed(config, world), None, dict(step=0, seconds=0.0), ""
     if config.checkpoint_every or config.checkpoint_minutes or resume_from:
-        checkpoints = Checkpoints(config, source, train_shards, run_id, seed, world)
+        checkpoints = Checkpoints(config, source, [*train_shards, val_shard], run_id, seed, world)
     if resume_from:
         saved = checkpoints.read(resume_from)
         seed = saved["seed"]
@@ -1687,9 +1684,11 @@ def main(config: Config, resume_from: str | None = None) -> float:
             val_loss = train(model, optimizer, loader, val_shard, world, log, checkpoints, saved["step"],
                              saved["seconds"])
     except UserError as error:
-        error = UserError(f"{error} {checkpoints.describe_last() if checkpoints else 'No checkpoint was kept.'}")
-        log(f"stopped: {error}")
-        raise error from None
+        last = checkpoints and checkpoints.last
+        way_on = f"RESUME_FROM={last} goes on from the last checkpoint." if last else "No checkpoint was kept."
+        with contextlib.suppress(UserError):  # of the log's disk
+            log(f"stopped: {error} {way_on}")
+        raise UserError(f"{error} {way_on}") from None
     finally:
         loader.close()
     log(f"peak memory: {peak_memory(world.device)}", console=True)

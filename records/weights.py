@@ -31,7 +31,7 @@ import leakage
 from train_gpt_medium import UserError
 
 FORMAT = "smear-mtp weights 1"  # the number changes when files can no longer be read by earlier tools
-NOT_CONSTANTS = "number of ranks", "script", "set of shards"  # in a checkpoint's made_by
+NOT_CONSTANTS = "number of ranks", "version of torch", "script", "set of shards"  # in a checkpoint's made_by
 CPU = torch.device("cpu")
 
 
@@ -41,7 +41,7 @@ class Weights(NamedTuple):
     config: tgm.Config
     constants: dict  # the config, as JSON values by name
     step: int  # completed ones
-    script: str  # sha256 of the trainer's source
+    script: str  # sha256 of the trainer's source, without the line's end after it
     run_id: str
 
 
@@ -51,7 +51,7 @@ class Weights(NamedTuple):
 def read_weights(path: Path) -> Weights:
     """Of a file or a checkpoint. Raises UserError; says on stderr if another version of the trainer made them."""
     weights = read_checkpoint(find_step(path)) if path.is_dir() else read_file(path)
-    if weights.script != hashlib.sha256(Path(tgm.__file__).read_text().encode()).hexdigest():
+    if weights.script != hashlib.sha256(Path(tgm.__file__).read_text().strip().encode()).hexdigest():
         print(f"note: {path} was made by another version of train_gpt_medium.py; this one computes with it.",
               file=sys.stderr)
     return weights

@@ -11,22 +11,19 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt_medium as tgm
-from helpers import ALONE, CPU, ROOT, random_ids, run_ranks, small_config, write_shard
+from helpers import ALONE, CPU, FEW_LAYERS, ROOT, random_ids, run_ranks, small_config, write_shard
 from test_train import same, tensors
 
 sys.path.insert(0, str(ROOT / "data"))
 import memory  # noqa: E402
 
-# Every kind of layer, in the record's dtypes: with mantissas.
-LAYERS = (tgm.Layer(value_embed=0, long_window=True), tgm.Layer(), tgm.Layer(attention=False),
-          tgm.Layer(skip_from=1, value_embed=0, long_window=True))
 STOP_AFTER = 3  # steps: between two outer ones, in the middle of the second of three shards
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> tgm.Config:
-    """Six steps on three shards of two batches each."""
-    config = small_config(layers=LAYERS, backout_from=1, num_slices=4, seq_len=128, val_seq_len=128, val_tokens=512,
+    """Six steps on three shards of two batches each; every kind of layer, in the record's dtypes: with mantissas."""
+    config = small_config(layers=FEW_LAYERS, backout_from=1, num_slices=4, seq_len=128, val_seq_len=128, val_tokens=512,
                           warmup_steps=1, seed=None)
     folder = tmp_path_factory.mktemp("shards")
     for number in (1, 2, 3):
@@ -51,6 +48,7 @@ def run_main(world: tgm.World, config: tgm.Config, stops: bool = False, resume_f
     def interrupted(model, optimizer, inputs, targets, step):
         if stops and step + 1 == STOP_AFTER and world.rank == world.size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
+        torch.rand(1)  # so that the random state moves, which nothing else in training does
         return originals[1](model, optimizer, inputs, targets, step)
 
     tgm.train, dist.init_process_group, dist.destroy_process_group = train, lambda *_, **__: None, lambda: None
@@ -171,6 +169,50 @@ def test_a_loader_reads_no_shard_before_its_first_batch(config, monkeypatch):
     assert reads == ["text_train_000003.bin"]
 
 
+@pytest.mark.parametrize("content", [{"model": 1}, [1, 2], {"made_by": {}}])
+def test_a_file_of_something_else_is_refused(config, tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    checkpoints = tgm.Checkpoints(config, "source", tgm.find_shards(config)[0], "run", 0, ALONE)
+    torch.save(content, tmp_path / "rank_0.pt")
+    refused = r"rank_0\.pt (is torn or damaged|was made with another preset \(None, here)"
+    with pytest.raises(tgm.UserError, match=refused):
+        checkpoints.read(str(tmp_path))
+
+
+def test_a_signal_between_two_looks_is_not_forgotten(config, tmp_path, monkeypatch):
+    """It comes while the ranks tell each other that there was none; a second one changes nothing."""
+    monkeypatch.chdir(tmp_path)
+    checkpoints = tgm.Checkpoints(config, "source", tgm.find_shards(config)[0], "run", 0, ALONE)
+    gather = checkpoints._gather
+    with checkpoints.signals:
+        checkpoints._gather = lambda value: (gather(value), os.kill(os.getpid(), signal.SIGTERM))[0]
+        assert not checkpoints.due(1)
+        checkpoints._gather = gather
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert checkpoints.due(2) and checkpoints.stopped_by == signal.SIGTERM and checkpoints.signals.seen.is_set()
+
+
+def test_content_and_names_are_on_disk_before_older_ones_are_deleted(config, tmp_path, monkeypatch):
+    """The order of what reaches the file system when the third checkpoint is saved."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = tgm.GPT(config)
+    optimizer = tgm.Optimizer(model, config, ALONE)
+    checkpoints = tgm.Checkpoints(config, "source", tgm.find_shards(config)[0], "run", 0, ALONE)
+    for step in (1, 2):
+        checkpoints.save(step, 0.0, optimizer)
+    calls, unlink = [], Path.unlink
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (
+        calls.append(("fsync", Path(os.readlink(f"/proc/self/fd/{handle}")).name)), fsync(handle)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(("replace", Path(a).name, b.name)), replace(a, b)))
+    monkeypatch.setattr(Path, "unlink", lambda path, **rest: (calls.append(("unlink", path.parent.name)),
+                                                              unlink(path, **rest)))
+    checkpoints.save(3, 0.0, optimizer)
+    assert calls == [("fsync", "rank_0.pt.unfinished"), ("replace", "rank_0.pt.unfinished", "rank_0.pt"),
+                     ("fsync", "step_000003"), ("fsync", "run"), ("fsync", "checkpoints"), ("unlink", "step_000001")]
+
+
 class Operations(TorchDispatchMode):
     """The operations on tensors, by name."""
     def __init__(self):
@@ -206,7 +248,8 @@ def test_without_checkpoints_a_step_does_nothing_for_them(config, tmp_path, monk
     """Operation by operation, a run's steps are those of a bare loop; nothing is read back from the device in them."""
     monkeypatch.chdir(tmp_path)
     config = tgm.replace(config, dtype=torch.float32, val_every=100)
-    handlers = []
+    handlers, waits, wait = [], [], tgm.Clock._wait_for_all
+    monkeypatch.setattr(tgm.Clock, "_wait_for_all", lambda clock: waits.append(1) or wait(clock))
 
     def never(*_, **__):
         raise AssertionError("made in a run without checkpoints")
@@ -231,6 +274,7 @@ def test_without_checkpoints_a_step_does_nothing_for_them(config, tmp_path, monk
         patch.setattr(tgm.StopSignals, "__init__", never)
         off = operations_of_steps(config, monkeypatch, run(None))
     assert off == plain and len(plain) > 1000
+    assert len(waits) == 2  # for the GPU and all ranks: before the first step and after the last
     assert not [name for name in plain if "_local_scalar_dense" in name]
     assert set(handlers) == {signal.SIG_DFL}
     saving = tgm.replace(config, checkpoint_minutes=1000.0)

@@ -13,15 +13,13 @@ import torch
 
 import train_gpt_medium as tgm
 from fault_driver import Started, is_alive, state_of, wait_for, write_copy
-from helpers import ALONE, ROOT, random_ids, small_config, write_shard
+from helpers import ALONE, FEW_LAYERS, ROOT, random_ids, small_config, write_shard
 
 sys.path.insert(0, str(ROOT / "records"))
 import records  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists() or torch.cuda.is_available(),
                                 reason="reads the state of processes in /proc, and starts ranks without GPUs")
-LAYERS = (tgm.Layer(value_embed=0, long_window=True), tgm.Layer(), tgm.Layer(attention=False),
-          tgm.Layer(skip_from=1, value_embed=0, long_window=True))
 PIECE = 128  # tokens; two are a batch
 NUM_STEPS = 8
 DOWN_S = 30  # until all processes are down after one was lost
@@ -30,8 +28,9 @@ DOWN_S = 30  # until all processes are down after one was lost
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> tgm.Config:
     """Both pieces of a batch are equal, so that one rank and two compute the same bits (test_distributed.py)."""
-    config = small_config(layers=LAYERS, backout_from=1, num_slices=2, seq_len=PIECE, val_seq_len=PIECE, val_tokens=256,
-                          num_iterations=NUM_STEPS, warmup_steps=0, checkpoint_every=2, dtype=torch.float32)
+    config = small_config(layers=FEW_LAYERS, backout_from=1, num_slices=2, seq_len=PIECE, val_seq_len=PIECE,
+                          val_tokens=256, num_iterations=NUM_STEPS, warmup_steps=0, checkpoint_every=2,
+                          dtype=torch.float32)
     folder = tmp_path_factory.mktemp("shards")
     pieces = random_ids(NUM_STEPS * PIECE, config).view(NUM_STEPS, 1, PIECE).repeat(1, 2, 1)
     pieces[:, :, 0] = config.doc_token  # which is the last target of every piece
@@ -118,27 +117,36 @@ def assert_goes_on(folder: Path, where: str, first_step: int, straight, ranks: i
 
 # ---- a rank is lost
 
-def lose_rank_1(folder: Path, fault: str, capsys) -> tuple[int, str]:
+def lose_a_rank(folder: Path, fault: str, capsys, lost: int = 1) -> tuple[int, str]:
     """Its process id and what was printed. All others are down in time, and the launcher says that it failed."""
     with Started(folder, fault, ranks=2) as started:
         pids = [started.pid(rank) for rank in started.ranks]
-        wait_for(lambda: not is_alive(pids[1]))
+        wait_for(lambda: not is_alive(pids[lost]))
         code, console = started.finish(DOWN_S)
         assert code != 0 and not any(map(is_alive, pids))
     assert last_step(newest_log(folder)) == 4
     assert_unfinished(folder, capsys)
-    return pids[1], console
+    return pids[lost], console
 
 
 def test_a_killed_rank_takes_the_others_down(config, tmp_path, capsys):
     write_copy(tmp_path / "train.py", tgm.replace(config, checkpoint_every=0))
-    pid, console = lose_rank_1(tmp_path, "die 1 5", capsys)
+    pid, console = lose_a_rank(tmp_path, "die 1 5", capsys)
     assert re.search(rf"rank\s*: 1.*\n.*exitcode\s*: -9 \(pid: {pid}\)", console), console
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_rank_0_killed_in_a_run_with_checkpoints(place, straight, capsys):
+    """The other rank has its own handlers of signals then, and waits in a collective."""
+    pid, console = lose_a_rank(place, "die 0 5", capsys, lost=0)
+    assert re.search(rf"rank\s*: 0.*\n.*exitcode\s*: -9 \(pid: {pid}\)", console), console
+    (*_, path) = saved(place, 2)
+    assert path.endswith("step_000004")
+    assert_goes_on(place, path, 4, straight, ranks=2)
+
+
 def test_the_traceback_of_the_rank_that_failed_comes_first(place, capsys):
-    _, console = lose_rank_1(place, "fail 1 5", capsys)
+    _, console = lose_a_rank(place, "fail 1 5", capsys)
     errors = re.findall(r"^(?:\[rank\d\]: )?(?:\w+\.)*(\w+Error): ?(.*)", console, re.M)
     assert errors[0] == ("RuntimeError", "this rank has a fault of its own"), console
     assert errors[-1][0] == "ChildFailedError"
@@ -150,7 +158,7 @@ def test_two_ranks_go_on_after_one_fault_after_the_other(place, straight, capsys
 
     Where one rank alone has the newest checkpoint, all go on from the one before it.
     """
-    lose_rank_1(place, "die_writing 1 written", capsys)
+    lose_a_rank(place, "die_writing 1 written", capsys)
     (path,) = saved(place, 2)
     assert path.endswith("step_000002") and [Path(path).name for path in saved(place)] == ["step_000002", "step_000004"]
     where, first = str(Path(path).parent), 2  # the run's folder: its last checkpoint is meant
@@ -175,14 +183,14 @@ def test_two_ranks_go_on_after_one_fault_after_the_other(place, straight, capsys
     assert losses(newest_log(place)) == {}
     assert_goes_on(place, where, 7, straight, ranks=2)
     code, console = run(place, RESUME_FROM=where)
-    assert code == 1 and f"{where}/rank_0.pt was made with another number of ranks: " in sentence(console)
+    assert code == 1 and f"{where}/rank_0.pt was made with another number of ranks (2, here 1): " in sentence(console)
 
 
 # ---- SIGTERM and SIGINT
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_run_after_its_step(place, straight, capsys, number):
-    with Started(place, "wait 0 3") as started:
+@pytest.mark.parametrize("number, fault", [(signal.SIGTERM, "wait 0 3"), (signal.SIGINT, "wait_and_dawdle 0 3")])
+def test_a_signal_ends_the_run_after_its_step(place, straight, capsys, number, fault):
+    with Started(place, fault) as started:
         started.reach("waiting_0")
         started.send(number)
         code, console = started.finish()
@@ -307,13 +315,14 @@ def test_another_runs_checkpoint_is_refused_with_what_differs(config, copied, tm
     write_shard(other_data / "text_train_000001.bin", random_ids(NUM_STEPS * 2 * PIECE + 2, config))
     source = (copied / "train.py").read_text()
     for word, changed, data in (
-            ("muon_lr", source.replace("muon_lr=0.03", "muon_lr=0.02"), config.data_dir),
-            ("script", source + "# another one\n", config.data_dir), ("set of shards", source, other_data)):
+            ("muon_lr (0.03, here 0.02)", source.replace("muon_lr=0.03", "muon_lr=0.02"), config.data_dir),
+            (r"script (", source + "# another one\n", config.data_dir), ("set of shards (", source, other_data)):
         (copied / "train.py").write_text(changed)
         code, console = run(copied, DATA_PATH=str(data), RESUME_FROM=path)
-        assert code == 1 and console == (
-            f"error: {path}/rank_0.pt was made with another {word}: go on with the script at the head of its run's "
-            f"log, the same preset, shards and number of ranks.\n")
+        assert code == 1 and console.startswith(f"error: {path}/rank_0.pt was made with another {word}")
+        assert console.count("\n") == 1 and console.endswith(
+            "): go on with the script at the head of its run's log, the same preset, shards, torch and number of "
+            "ranks.\n")
 
 
 def test_more_ranks_than_wrote_a_checkpoint(copied):
@@ -325,14 +334,16 @@ def test_more_ranks_than_wrote_a_checkpoint(copied):
     with Started(copied, RANK="0", **variables) as one, Started(copied, RANK="1", **variables) as other:
         (code, console), (other_code, other_console) = one.finish(), other.finish()
     assert code == other_code == 1 and sentence(console) == sentence(other_console) == (
-        f"{folder}/rank_0.pt does not exist: RESUME_FROM needs a run's folder or checkpoint, and its number of ranks.")
+        f"{folder}/rank_0.pt cannot be read (No such file or directory): RESUME_FROM needs a run's folder or "
+        f"checkpoint, and its number of ranks.")
 
 
 def test_a_checkpoint_that_is_not_there(place):
-    for where in ("nowhere", "checkpoints", "nowhere/step_000002"):
+    for where, reason in (("nowhere", "No such file or directory"), ("checkpoints", "No such file or directory"),
+                          ("nowhere/step_000002", "No such file or directory"), ("train.py", "Not a directory")):
         code, console = run(place, RESUME_FROM=where)
-        assert code == 1 and console == (f"error: {where}/rank_0.pt does not exist: RESUME_FROM needs a run's folder "
-                                         f"or checkpoint, and its number of ranks.\n")
+        assert code == 1 and console == (f"error: {where}/rank_0.pt cannot be read ({reason}): RESUME_FROM needs a "
+                                         f"run's folder or checkpoint, and its number of ranks.\n")
 
 
 # ---- disks and folders

@@ -112,6 +112,28 @@ def test_a_step_of_the_optimizer_equals_the_frozen_one():
             torch.testing.assert_close(p, q, rtol=8 * 2 ** -24 if p.dtype == torch.float32 else 2 ** -7, atol=0)
 
 
+def test_no_step_waits_for_the_gpu():
+    """Compiled steps and the watch's notes, its question to the ranks among them: torch raises where one waits."""
+    config = small_config(num_slices=1)
+    torch._dynamo.reset()
+    world = tgm.World(0, 1, torch.device("cuda"))
+    with world.device:
+        model = tgm.GPT(config)
+    tgm.compile_model(model, whole=True)
+    optimizer = tgm.Optimizer(model, config, world, partial(torch.compile, dynamic=False, fullgraph=True))
+    tgm.warm_up(model, optimizer, world)
+    watch = tgm.Watch(["loss", *optimizer.banks], world)
+    ids = torch.arange(config.seq_len, device="cuda", dtype=torch.int32)[None] % 256
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(2 * tgm.WATCH_EVERY):
+            loss = tgm.train_step(model, optimizer, ids, ids.long(), step % config.num_iterations)
+            watch.note(step + 1, [loss, *(bank.grad_sum for bank in optimizer.banks.values())])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    watch.read()
+
+
 @pytest.mark.parametrize("micro_seq_len", (16384, 4096))
 def test_warm_up_takes_the_memory_that_is_estimated(micro_seq_len):
     """The forward phase, which is counted to the byte, is the largest: within the margin that is added for the rest."""

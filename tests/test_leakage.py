@@ -245,8 +245,6 @@ def test_targets_in_pieces_are_all_targets(model, ids, monkeypatch):
 
 # ---- validations of something else
 
-
-
 def test_the_records_constants(tmp_path):
     """The first 10,485,760 targets of a shard that holds more, in 40 sequences."""
     config, path = tgm.Config(), tmp_path / "fineweb_val_000000.bin"
