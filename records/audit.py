@@ -514,11 +514,13 @@ def clock_problems(run: Run) -> list[str]:
     return problems
 
 
-@rule("resumed", "error", "A resumed run's time is put together from two starts: only runs from beginning to end are "
-      "timed; keep resumed ones in failed/.", "records/README.md, rule 2")
+@rule("resumed", "error", "The clock stands while checkpoints are written, and a resumed run's time is put together "
+      "from two starts: only runs without either are timed; keep others in failed/.", "records/README.md, rule 2")
 def none_resumed(folder, limits):
-    return [f"{name_of(run)} was resumed from {run.resumed_from}" for run in folder.record + folder.baseline
-            if run.resumed_from]
+    runs = folder.record + folder.baseline
+    return [f"{name_of(run)} was resumed from {run.resumed_from}" for run in runs if run.resumed_from] + [
+        f"{name_of(run)} wrote checkpoints ({name} = {run.constants[name]})" for run in runs
+        for name in ("checkpoint_every", "checkpoint_minutes") if run.constants.get(name, "0") not in ("0", "0.0")]
 
 
 @rule("baseline", "warning", "Without a baseline on the same hardware and torch the speed claim is uncontrolled.",

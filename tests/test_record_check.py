@@ -109,6 +109,9 @@ BREAKS = [
     ("resumed", lambda record: logs.write_log(record, replace(FIRST, constants=FIRST.constants + RESUMED))),
     ("resumed", lambda record: logs.write_log(record / "baseline", replace(
         BASELINE[0], constants=BASELINE[0].constants + RESUMED))),
+    *(("resumed", lambda record, line=line: [logs.write_log(record, replace(spec, constants=spec.constants + line))
+                                             for spec in logs.record_specs()])
+      for line in ("\ncheckpoint_every = 125", "\ncheckpoint_minutes = 0.5")),
     ("baseline", lambda record: shutil.rmtree(record / "baseline")),
     ("baseline", lambda record: [logs.write_log(record / "baseline", spec)
                                  for spec in logs.baseline_specs(torch="2.9.0+cu126")]),
