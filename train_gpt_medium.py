@@ -1090,12 +1090,11 @@ class TrainLoader:
         while first_batch >= shards[0].num_batches(config.batch_tokens) and len(shards) > 1:
             first_batch -= shards[0].num_batches(config.batch_tokens)
             shards = shards[1:]
-        self.first_batch = first_batch  # of the first shard
         self.shards, self.config, self.world = shards, config, world
         self.pinned = world.device.type == "cuda"  # a fresh thread would pin memory in a context of GPU 0
         self.pool = ThreadPoolExecutor(2, initializer=torch.cuda.set_device if self.pinned else None,
                                        initargs=(world.device,) if self.pinned else ())
-        self.source = self._batches()
+        self.source = self._batches(first_batch)
         self.pending = self.pool.submit(next, self.source)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -1109,7 +1108,8 @@ class TrainLoader:
     def close(self) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
-    def _batches(self) -> Iterator[Tensor]:
+    def _batches(self, first_batch: int) -> Iterator[Tensor]:
+        """first_batch: of the first shard."""
         batch_tokens, rank_tokens = self.config.batch_tokens, self.config.batch_tokens // self.world.size
         vocab_size = self.config.vocab_size
         upcoming = self.pool.submit(self.shards[0].read, self.shards[0].num_tokens, vocab_size)
@@ -1117,12 +1117,13 @@ class TrainLoader:
             tokens = upcoming.result()
             if following is not None:
                 upcoming = self.pool.submit(following.read, following.num_tokens, vocab_size)
-            for batch in range(self.first_batch if shard is self.shards[0] else 0, shard.num_batches(batch_tokens)):
+            for batch in range(first_batch, shard.num_batches(batch_tokens)):
                 if upcoming.done():
                     upcoming.result()  # a shard that cannot be read stops the run now, not when its turn comes
                 start = batch * batch_tokens + self.world.rank * rank_tokens
                 out = torch.from_numpy(tokens[start:start + rank_tokens + 1].astype(np.int32))
                 yield out.pin_memory() if self.pinned else out
+            first_batch = 0
         raise UserError(f"training data ended with {self.shards[-1].path}: the schedule needs more shards.")
 
 
@@ -1285,6 +1286,13 @@ def force_to_disk(path: Path) -> None:
     os.close(handle)
 
 
+def load_part(path: Path, mmap: bool = False) -> dict:
+    """One rank's part of a checkpoint, on the CPU. Raises whatever zipfile, pickle and torch raise if it is torn."""
+    if zipfile.ZipFile(path).testzip() is not None:  # torch.load does not compare the check sums
+        raise zipfile.BadZipFile
+    return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+
+
 class Checkpoints:
     """checkpoints/<run id>/step_000125/rank_3.pt: with the other ranks', all that a run needs to go on bit for bit.
 
@@ -1370,15 +1378,13 @@ class Checkpoints:
             folder = min(self._gather(max((part.parent for part in folder.glob(f"step_*/{name}")), default=folder)))
         path = folder / name
         try:
-            if zipfile.ZipFile(path).testzip() is not None:  # torch.load does not compare the check sums
-                raise zipfile.BadZipFile
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+            saved = load_part(path)
             theirs = saved["made_by"]
             other = [name for name, value in self.made_by.items() if theirs.get(name) != value]
         except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
             problem = (f"{path} cannot be read ({error.strerror}): RESUME_FROM needs a run's folder or checkpoint, and "
                        f"its number of ranks.")
-        except Exception:  # whatever zipfile, pickle and torch raise
+        except Exception:
             before = max((other for other in folder.parent.glob("step_*") if other < folder), default=None)
             problem = (f"{path} is torn or damaged: "
                        f"{f'RESUME_FROM={before} goes on from the one before it' if before else 'none is before it'}.")

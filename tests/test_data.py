@@ -156,8 +156,8 @@ def test_the_next_batch_is_made_on_another_thread(tmp_path, monkeypatch):
     makers = []
     batches = tgm.TrainLoader._batches
 
-    def watched(self):
-        for batch in batches(self):
+    def watched(*arguments):
+        for batch in batches(*arguments):
             makers.append(threading.current_thread())
             yield batch
 

@@ -112,16 +112,22 @@ def test_a_step_of_the_optimizer_equals_the_frozen_one():
             torch.testing.assert_close(p, q, rtol=8 * 2 ** -24 if p.dtype == torch.float32 else 2 ** -7, atol=0)
 
 
-def test_no_step_waits_for_the_gpu():
-    """Compiled steps and the watch's notes, its question to the ranks among them: torch raises where one waits."""
-    config = small_config(num_slices=1)
-    torch._dynamo.reset()
+def warmed_up(config: tgm.Config) -> tuple[tgm.GPT, tgm.Optimizer, tgm.World]:
+    """As `main` has them when the loop begins, compiled as for a record, but tuned."""
     world = tgm.World(0, 1, torch.device("cuda"))
     with world.device:
         model = tgm.GPT(config)
     tgm.compile_model(model, whole=True)
     optimizer = tgm.Optimizer(model, config, world, partial(torch.compile, dynamic=False, fullgraph=True))
     tgm.warm_up(model, optimizer, world)
+    return model, optimizer, world
+
+
+def test_no_step_waits_for_the_gpu():
+    """Compiled steps and the watch's notes, its question to the ranks among them: torch raises where one waits."""
+    config = small_config(num_slices=1)
+    torch._dynamo.reset()
+    model, optimizer, world = warmed_up(config)
     watch = tgm.Watch(["loss", *optimizer.banks], world)
     ids = torch.arange(config.seq_len, device="cuda", dtype=torch.int32)[None] % 256
     torch.cuda.set_sync_debug_mode("error")
@@ -141,7 +147,7 @@ def test_warm_up_takes_the_memory_that_is_estimated(micro_seq_len):
         layers=(tgm.Layer(value_embed=0, long_window=True), tgm.Layer(attention=False), tgm.Layer(skip_from=0)),
         backout_from=1, vocab_size=16385, doc_token=16384, num_heads=4, head_dim=128, num_slices=1, seq_len=16384,
         micro_seq_len=micro_seq_len, val_seq_len=16384, val_tokens=16384)
-    estimated, world = memory.estimate(config, 1), tgm.World(0, 1, torch.device("cuda"))
+    estimated = memory.estimate(config, 1)
     assert max(estimated.phases, key=estimated.phases.get) == "forward"
     torch._dynamo.reset()
     x = torch.ones(128, 128, device="cuda", dtype=torch.bfloat16)
@@ -149,11 +155,7 @@ def test_warm_up_takes_the_memory_that_is_estimated(micro_seq_len):
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    with world.device:
-        model = tgm.GPT(config)
-    tgm.compile_model(model, whole=True)
-    optimizer = tgm.Optimizer(model, config, world, partial(torch.compile, dynamic=False, fullgraph=True))
-    tgm.warm_up(model, optimizer, world)
+    warmed_up(config)
     peak = torch.cuda.max_memory_allocated() - before
     assert estimated.peak / memory.ALLOCATOR_MARGIN < peak < estimated.peak * memory.ALLOCATOR_MARGIN
 
