@@ -72,7 +72,7 @@ train_tiny() {
         echo "I will make shards of Python's own documentation in $data and train the preset tiny (16 layers, width 128):"
     fi
     echo "2 to 8 minutes if this machine has 2 CPU cores and no GPU."
-    "$python" data/preflight.py tiny
+    "$python" data/preflight/preflight.py tiny
     [ -n "$shards" ] || "$python" data/shards.py text "$data"
     output=$(mktemp)
     trap "rm -f '$output'" EXIT
@@ -95,7 +95,7 @@ train_on_gpus() {
     own_shards=$(find -L "$data" -maxdepth 1 -name '*_train_*.bin' ! -name 'fineweb_*' 2>/dev/null | head -n 1 || true)
     echo "$count GPUs: I will check the machine$([ -n "$own_shards" ] || echo ", fetch what FineWeb shards are missing in $data")" \
         "and train the preset $preset on $nproc of them with torchrun."
-    "$python" data/preflight.py "$preset"
+    "$python" data/preflight/preflight.py "$preset"
     [ -n "$own_shards" ] || "$python" data/shards.py get "$data" --preset "$preset"
     "$python" -m torch.distributed.run --standalone --nproc_per_node="$nproc" "$script" "$preset"
 }
@@ -105,13 +105,13 @@ case "${1:-}" in
     --python) set_up_python "${2:-requirements.txt}" ;;
     --check)
         python=$(set_up_python requirements.txt)
-        exec "$python" data/preflight.py ${2:+"$2"} ;;
+        exec "$python" data/preflight/preflight.py ${2:+"$2"} ;;
     "" | medium | short | tiny)
         python=$(set_up_python requirements.txt)
         gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
         if [ "$gpus" = 0 ] && [ "${1:-}" != tiny ] && [ "${CUDA_VISIBLE_DEVICES-0}" ] && nvidia-smi -L >/dev/null 2>&1; then
             echo "nvidia-smi sees GPUs that torch does not:"
-            "$python" data/preflight.py "${1:-medium}"
+            "$python" data/preflight/preflight.py "${1:-medium}"
         elif [ "${1:-}" = tiny ] || { [ "$gpus" = 0 ] && [ -z "${1:-}" ]; }; then
             [ "$gpus" != 0 ] || echo "torch sees no GPU here."
             train_tiny "$python"

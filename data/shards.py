@@ -1,7 +1,7 @@
-"""Get, make and check token shards for the trainer.
+"""Get, make and verify token shards for the trainer.
 
     python data/shards.py get                         # the published FineWeb shards, as many as the record needs
-    python data/shards.py check FOLDER                # is what lies there whole, and enough?
+    python data/shards.py verify FOLDER               # is what lies there whole, and enough?
     python data/shards.py make INPUT... --out FOLDER  # your own .txt, .jsonl or .parquet files
     python data/shards.py text                        # bytes of Python's own documentation, for small trial runs
     python data/shards.py synthetic                   # random tokens with web-text statistics, for timing runs
@@ -15,11 +15,11 @@ import sys
 import time
 from pathlib import Path
 
-from check import add_check
 from fetch import add_get
 from generate import NUM_SHARDS, SHARD_TOKENS, VAL_TOKENS, make_synthetic, make_text
 from own_text import add_make
 from shard_format import ShardError
+from verify import add_verify
 
 HERE = Path(__file__).resolve().parent
 
@@ -29,7 +29,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(description="Make token shards for the trainer.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_get(commands)
-    add_check(commands)
+    add_verify(commands)
     add_make(commands)
 
     text = commands.add_parser("text", help="bytes of Python's own documentation, in seconds")

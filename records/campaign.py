@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import comparison
+import compare
 from run_log import RecordError, read_log
 from tables import format_json, format_table, write_text
 
@@ -169,5 +169,5 @@ def conclude(out: Path, outcomes: list[Outcome], as_json: bool) -> int:
     for side in "AB":
         if not any(outcome.side == side and not outcome.fault for outcome in outcomes):
             raise RecordError(f"{side} has no finished run: see the consoles in {out / side / 'failed'}.")
-    comparison.compare(out / "A", out / "B", as_json)
+    compare.compare(out / "A", out / "B", as_json)
     return int(bool(failed))

@@ -12,11 +12,11 @@ import sys
 import time
 from pathlib import Path
 
-import audit
 import campaign
-import comparison
-import filing
+import check
+import compare
 import follow
+import new
 import power
 from inference import ALPHA, POOLED_SIGMA, POWER, TARGET
 from run_log import RecordError
@@ -30,7 +30,7 @@ def add_command(commands, name: str, run, help: str) -> argparse.ArgumentParser:
 
 
 def plot_figures(args) -> None:
-    from plots import draw  # loads matplotlib, which the other commands can do without
+    from plot import draw  # loads matplotlib, which the other commands can do without
     first = args.paths[0]
     written = draw(args.paths, args.out or (first if first.is_dir() else first.parent) / "figures")
     print(format_json({"figures": [str(path) for path in written]}) if args.json else "\n".join(map(str, written)))
@@ -41,17 +41,17 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    check = add_command(commands, "check", lambda args: audit.check(args.folder, audit.Limits(args.target, args.sigma),
-                                                                    args.json),
-                        "judge a record's folder by every rule; exit status 1 if an error is found")
-    check.add_argument("folder", type=Path)
-    check.add_argument("--target", type=float, default=TARGET, help="nats/token (%(default)s)")
-    check.add_argument("--sigma", type=float, default=POOLED_SIGMA, help="of the z-test (%(default)s)")
+    checking = add_command(commands, "check", lambda args: check.check(
+        args.folder, check.Limits(args.target, args.sigma), args.json),
+        "judge a record's folder by every rule; exit status 1 if an error is found")
+    checking.add_argument("folder", type=Path)
+    checking.add_argument("--target", type=float, default=TARGET, help="nats/token (%(default)s)")
+    checking.add_argument("--sigma", type=float, default=POOLED_SIGMA, help="of the z-test (%(default)s)")
 
-    compare = add_command(commands, "compare", lambda args: comparison.compare(args.a, args.b, args.json),
-                          "compare two sets of runs: loss, time, fewer steps and faster steps")
-    compare.add_argument("a", type=Path, metavar="A", help="a log, or a folder of logs: the baseline")
-    compare.add_argument("b", type=Path, metavar="B")
+    comparing = add_command(commands, "compare", lambda args: compare.compare(args.a, args.b, args.json),
+                            "compare two sets of runs: loss, time, fewer steps and faster steps")
+    comparing.add_argument("a", type=Path, metavar="A", help="a log, or a folder of logs: the baseline")
+    comparing.add_argument("b", type=Path, metavar="B")
 
     following = add_command(commands, "follow", lambda args: follow.follow(
         args.log, args.reference, args.once, args.every, args.patience, args.json),
@@ -64,10 +64,10 @@ def parse(argv):
     following.add_argument("--patience", type=float, default=600.0,
                            help="seconds without growth after which to stop (%(default)s)")
 
-    plot = add_command(commands, "plot", plot_figures, "draw loss, ms/step, lambdas and final losses as PNG files")
-    plot.add_argument("paths", type=Path, nargs="+", metavar="RUNS",
+    plotting = add_command(commands, "plot", plot_figures, "draw loss, ms/step, lambdas and final losses as PNG files")
+    plotting.add_argument("paths", type=Path, nargs="+", metavar="RUNS",
                       help="a log, a folder of logs, or published figures; others are compared with the first")
-    plot.add_argument("--out", type=Path, help="folder for the figures (default: figures/ in the first folder)")
+    plotting.add_argument("--out", type=Path, help="folder for the figures (default: figures/ in the first folder)")
 
     add_planning_commands(commands)
     for command in commands.choices.values():
@@ -96,14 +96,14 @@ def add_planning_commands(commands) -> None:
     running.add_argument("--out", type=Path, default=Path("logs") / time.strftime("campaign-%Y%m%d-%H%M%S"),
                          help="a new folder for scripts, logs and consoles (default: logs/campaign-DATE-TIME)")
 
-    filing_new = add_command(commands, "new", lambda args: filing.new(
+    filing = add_command(commands, "new", lambda args: new.new(
         args.name, args.date, args.logs, args.baseline, args.what, args.json),
         "make records/DATE_NAME from finished logs, with tables and figures; refresh the leaderboard; check")
-    filing_new.add_argument("name", metavar="NAME")
-    filing_new.add_argument("--logs", type=Path, nargs="+", required=True, help="logs or folders: all runs")
-    filing_new.add_argument("--baseline", type=Path, nargs="+", default=[], help="logs or folders of the baseline")
-    filing_new.add_argument("--what", required=True, help="what changed and why: the README's first section")
-    filing_new.add_argument("--date", default=time.strftime("%Y-%m-%d"), help="YYYY-MM-DD (default: today)")
+    filing.add_argument("name", metavar="NAME")
+    filing.add_argument("--logs", type=Path, nargs="+", required=True, help="logs or folders: all runs")
+    filing.add_argument("--baseline", type=Path, nargs="+", default=[], help="logs or folders of the baseline")
+    filing.add_argument("--what", required=True, help="what changed and why: the README's first section")
+    filing.add_argument("--date", default=time.strftime("%Y-%m-%d"), help="YYYY-MM-DD (default: today)")
 
 
 def main(argv=None) -> int:

@@ -3,7 +3,7 @@
 A log is the script's source, a line of =, versions and nvidia-smi, a line of =, then `step:125/5535 val_loss:4.263118
 train_time:28554ms step_avg:228.43ms` lines, with or without further fields, and the peak memory. Reading is liberal
 (4 or 6 decimals, train losses, steps without a clock, a last line without its end, which is left out since it may be
-cut within a number); judging is left to the rules of `audit`.
+cut within a number); judging is left to the rules of `check`.
 """
 import json
 import math

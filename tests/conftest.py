@@ -1,7 +1,7 @@
-"""Lets the tests import the trainer from the repository's root, wherever pytest is started; the slowest files first."""
+"""Markers by folder and by what was asked for; the slowest files first."""
 import os
-import sys
-from pathlib import Path
+
+import pytest
 
 # Before torch is imported: threads that spin while they wait make a busy 2-core machine ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -10,10 +10,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if not os.path.exists("/dev/nvidiactl"):
     os.environ["TRITON_INTERPRET"] = "1"
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+# So that no worker is left alone with one of them at the end.
 SLOW_FILES = ("test_cli.py", "test_faults.py", "test_trajectory.py")
 
 
-def pytest_collection_modifyitems(items):
-    """So that no worker is left alone with one of them at the end."""
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by markers
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.path.parent.name == "record":
+            item.add_marker("record")
+        if item.get_closest_marker("slow") and "slow" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="slow: ask for it with -m slow"))
     items.sort(key=lambda item: item.path.name not in SLOW_FILES)

@@ -1,23 +1,30 @@
-"""What several tests need: the golden weights, small configurations, shards, and gloo processes."""
+"""What several tests need: the golden weights, small configurations, shards, processes, and runs that are watched."""
 import json
 import os
+import signal
 import socket
 import struct
+import sys
 import traceback
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import train_gpt_medium as tgm
 from plain_twin import twin_of
 
 ROOT = Path(__file__).resolve().parent.parent
-GOLDEN = ROOT / "tests" / "golden"
+RECORDS, GOLDEN = ROOT / "records", ROOT / "tests" / "golden"
+TRAINER = ROOT / "train_gpt_medium.py"
 CPU = torch.device("cpu")
 ALONE = tgm.World(rank=0, size=1, device=CPU)
+NUM_STEPS = 3  # outer steps of Snoo after the first and the third
 
 
 def golden(name: str):
@@ -172,3 +179,134 @@ def run_ranks(size: int, function, *args, folder: Path) -> list:
         port = s.getsockname()[1]
     mp.spawn(_rank_main, args=(size, port, function, args, str(folder)), nprocs=size)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
+
+
+def environment(**changes) -> dict[str, str]:
+    """Of a process that a user starts: without GPUs, without what this process was told of ranks and data."""
+    removed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "DATA_PATH", "PYTEST_CURRENT_TEST")
+    clean = {name: value for name, value in os.environ.items() if name not in removed}
+    # The interpreter of the tests is the active environment that run.sh finds first.
+    return clean | {"PATH": f"{os.path.dirname(sys.executable)}:{clean['PATH']}", "CUDA_VISIBLE_DEVICES": ""} | changes
+
+
+def tensors(tree, path="") -> dict:
+    """Every leaf of nested dicts and lists, by path; tensors are copied."""
+    if isinstance(tree, torch.Tensor):
+        return {path: tree.detach().clone()}
+    if isinstance(tree, (dict, list, tuple)):
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        return {k: v for key, value in items for k, v in tensors(value, f"{path}/{key}").items()}
+    return {path: tree}
+
+
+def same(a, b) -> bool:
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def run_main(world: tgm.World, config: tgm.Config, stop_after: int = 0, resume_from: str | None = None) -> dict:
+    """`main` in a process group that exists already. Returns all that training changed, and the sentence that ended it.
+
+    stop_after: steps; SIGTERM reaches the last rank, and it alone, during the last of them.
+    """
+    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size))
+    found, originals = {}, (tgm.train, tgm.train_step, dist.init_process_group, dist.destroy_process_group)
+
+    def train(model, optimizer, *rest):
+        found.update(model=model, optimizer=optimizer)
+        tgm.train_step = interrupted
+        return originals[0](model, optimizer, *rest)
+
+    def interrupted(model, optimizer, inputs, targets, step):
+        if step + 1 == stop_after and world.rank == world.size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        torch.rand(1)  # so that the random state moves, which nothing else in training does
+        return originals[1](model, optimizer, inputs, targets, step)
+
+    tgm.train, dist.init_process_group, dist.destroy_process_group = train, lambda *_, **__: None, lambda: None
+    ended = ""
+    try:
+        tgm.main(config, resume_from)
+    except tgm.UserError as error:
+        ended = str(error)
+    finally:
+        tgm.train, tgm.train_step, dist.init_process_group, dist.destroy_process_group = originals
+    return dict(ended=ended, state=tensors({"model": found["model"].state_dict(), "rng": torch.get_rng_state(),
+                                            "optimizer": found["optimizer"].state_dict()}))
+
+
+def train_and_report(world: tgm.World, config: tgm.Config) -> dict:
+    """A few steps from fixed weights: parameters, validation loss, and the ids that this rank saw."""
+    torch.manual_seed(5)
+    model = tgm.GPT(config)
+    randomise(model)
+    optimizer = tgm.Optimizer(model, config, world)
+    train_shards, val_shard = tgm.find_shards(config)
+    loader, seen = tgm.TrainLoader(train_shards, config, world), []
+    for step in range(NUM_STEPS):
+        inputs, targets = next(loader)
+        seen.append(inputs)
+        tgm.train_step(model, optimizer, inputs, targets, step)
+    loader.close()
+    return dict(params={name: p.detach().clone() for name, p in model.named_parameters()}, seen=torch.stack(seen),
+                val_loss=tgm.evaluate(model, val_shard, NUM_STEPS, world))
+
+
+def give_gradients(model: tgm.GPT, world: tgm.World, step: int) -> None:
+    """To every parameter, another one on every rank."""
+    generator = torch.Generator().manual_seed(100 * step + world.rank)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator).bfloat16().to(p.dtype)
+
+
+class Watch(TorchDispatchMode):
+    """The collectives that reach the process group, in order, and the memory that tensors made meanwhile take."""
+    def __init__(self, existing: list[torch.Tensor]):
+        super().__init__()
+        self.collectives, self.known, self.live, self.peak = [], set(), 0, 0
+        for x in existing:
+            self._add(x.untyped_storage(), 0)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.namespace == "c10d":
+            tensors = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
+            self.collectives.append((function.overloadpacket.__name__, str(tensors[0].dtype), tensors[0].nbytes))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                self._add(x.untyped_storage(), x.untyped_storage().nbytes())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage, size: int) -> None:
+        key = storage._cdata
+        if key not in self.known:
+            self.known.add(key)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+
+def num_bytes(tree) -> int:
+    return sum(x.nbytes for x in tree_leaves(tree) if isinstance(x, torch.Tensor))
+
+
+def watch_a_step(world: tgm.World, config: tgm.Config) -> dict:
+    """Collectives of all steps, outer ones first and last; memory of the second, when all states are there."""
+    model = tgm.GPT(config)
+    optimizer = tgm.Optimizer(model, config, world)
+    watches = []
+    for step in range(NUM_STEPS):
+        give_gradients(model, world, step)
+        states = [x for x in tree_leaves(optimizer.state_dict()) if isinstance(x, torch.Tensor)]
+        watches.append(Watch([*model.parameters(), *(p.grad for p in model.parameters()), *states]))
+        with watches[-1]:
+            optimizer.step(step)
+    return dict(collectives=[watch.collectives for watch in watches], step_bytes=watches[1].peak,
+                state_bytes={name: num_bytes(state) for name, state in optimizer.state_dict().items()},
+                numbers={name: bank.shard.numel() for name, bank in optimizer.banks.items()},
+                padding={name: bank.padding for name, bank in optimizer.banks.items()},
+                padding_is_zero=all(not bank.buffer[len(bank.buffer) - bank.padding:].any()
+                                    for bank in optimizer.banks.values()))

@@ -1,0 +1,259 @@
+"""Looks at this machine before a run: one line a subject, each ok, warning or error with the way out.
+
+    python data/preflight/preflight.py [medium|short|tiny]    # ./run.sh --check does the same
+
+Exits with 1 if anything is an error. GPUs and driver are read from nvidia-smi: torch sees none if the driver is old.
+"""
+import dataclasses
+import importlib.util
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+
+# Oldest Linux driver for each major version of CUDA (NVIDIA's table of minor-version compatibility).
+OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
+ALL_REDUCE_LIMIT_S = 30
+RECORD_SECONDS, RECORD_STEPS = 1374.7, 5535  # 8xH100, records/2025-11-02_SmearMTP
+TINY_SECONDS = 150  # measured on 2 CPU cores
+SHARD_BYTES = 1024 + 2 * 100_000_000
+LOG_BYTES = 2 * 2**20
+
+
+class Line(NamedTuple):
+    """One subject of the report."""
+    status: str  # ok, warning or error
+    subject: str
+    text: str
+
+
+class Gpu(NamedTuple):
+    name: str
+    total_mib: int
+    free_mib: int
+    driver: str
+    capability: str
+
+
+def list_gpus() -> list[Gpu]:
+    """What nvidia-smi reports, limited to CUDA_VISIBLE_DEVICES if that is a list of numbers; empty without it."""
+    try:
+        output = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,memory.total,memory.free,driver_version,compute_cap",
+             "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    fields = [[field.strip() for field in line.split(",")] for line in output.splitlines()]
+    gpus = [Gpu(name, int(total), int(free), driver, capability) for name, total, free, driver, capability in fields]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and all(part.strip().isdigit() for part in visible.split(",") if part):
+        gpus = [gpus[int(part)] for part in visible.split(",") if part and int(part) < len(gpus)]
+    return gpus
+
+
+def ranks_on(gpus: list[Gpu]) -> int:
+    """Processes of a run: the largest of 8, 4, 2, 1 that the GPUs allow; one on a CPU."""
+    return next(n for n in (8, 4, 2, 1) if n <= max(len(gpus), 1))
+
+
+def check_gpus(gpus: list[Gpu], preset: str) -> Line:
+    if not gpus:
+        if preset == "tiny":
+            return Line("ok", "GPUs", "none; tiny runs on the CPU")
+        return Line("error", "GPUs", f"nvidia-smi shows none and preset {preset} needs one: rent a GPU, or run tiny")
+    names = ", ".join(sorted({gpu.name for gpu in gpus}))
+    text = f"{len(gpus)} x {names}, {ranks_on(gpus)} of them used"
+    if any(gpu.capability != "9.0" for gpu in gpus):
+        return Line("warning", "GPUs", f"{text}; not all Hopper, for which this is tuned: expect a slower run")
+    return Line("ok", "GPUs", text)
+
+
+def check_driver(gpus: list[Gpu], torch_version: str, cuda: str | None) -> Line:
+    """The driver's branch against the CUDA that torch was built for."""
+    if not gpus:
+        return Line("ok", "driver", "no GPU, none needed")
+    if cuda is None:
+        return Line("error", "driver", f"torch {torch_version} is a CPU build: install the pinned one in a new .venv")
+    branch, needed = int(gpus[0].driver.split(".")[0]), OLDEST_DRIVER[int(cuda.split(".")[0])]
+    if branch >= needed:
+        return Line("ok", "driver", f"{gpus[0].driver}, torch needs {needed} or newer for CUDA {cuda}")
+    fitting = [major for major, oldest in OLDEST_DRIVER.items() if oldest <= branch]
+    way_out = f"or install a build of torch for CUDA {max(fitting)}.x" if fitting else "no build of torch fits it"
+    return Line("error", "driver", f"{gpus[0].driver} is too old for torch {torch_version}, built for CUDA {cuda}: "
+                                   f"update it to {needed} or newer, {way_out}")
+
+
+def check_torch(gpus: list[Gpu], torch) -> Line:
+    text = f"torch {torch.__version__}, CUDA {torch.version.cuda}"
+    if not gpus:
+        return Line("ok", "torch", text)
+    if not torch.cuda.is_available():
+        return Line("error", "torch", f"{text} sees no GPU but nvidia-smi does: mend the driver, or restart the node")
+    if importlib.util.find_spec("triton") is None:
+        return Line("error", "torch", f"{text}, but triton is missing, which torch.compile needs: reinstall torch")
+    import triton
+    return Line("ok", "torch", f"{text}, triton {triton.__version__}")
+
+
+def check_memory(gpus: list[Gpu], config) -> Line:
+    """What the run should need (memory.py) against what is free; where it is too much, the length that fits."""
+    if config.preset == "tiny":
+        return Line("ok", "memory", "tiny needs 0.6 GiB of main memory")
+    if not gpus:
+        return Line("warning", "memory", "no GPU whose memory could be compared")
+    import memory  # with torch, which may not load
+    ranks = ranks_on(gpus)
+    fullest = min(gpus[:ranks], key=lambda gpu: gpu.free_mib)  # torchrun takes the first ones
+    free, total = fullest.free_mib * 2**20, min(gpu.total_mib for gpu in gpus[:ranks]) * 2**20
+    needed = memory.estimate(config, ranks).needed(ranks)
+    text = (f"about {needed / 2**30:.0f} GiB a GPU needed (estimated) with micro_seq_len {config.piece_len:,}, "
+            f"{free / 2**30:.0f} GiB free at least")
+    if needed <= free:
+        return Line("ok", "memory", text)
+    if needed <= total:
+        return Line("error", "memory", f"{text}: end the other processes that nvidia-smi lists")
+    fitting = memory.largest_micro_seq_len(config, ranks, free)
+    way_out = "set" if fitting else "end the other processes that nvidia-smi lists and set"
+    fitting = fitting or memory.largest_micro_seq_len(config, ranks, total)
+    if fitting is None:
+        return Line("error", "memory", f"{text}: no micro_seq_len fits, use larger GPUs")
+    needed = memory.estimate(dataclasses.replace(config, micro_seq_len=fitting), ranks).needed(ranks)
+    return Line("error", "memory", f"{text}: {way_out} micro_seq_len to {fitting:,} at the top of "
+                                   f"train_gpt_medium.py: about {needed / 2**30:.0f} GiB")
+
+
+def check_shards(config, errors: type[Exception], find_shards) -> Line:
+    """Whether the trainer's own check is content; missing FineWeb shards are run.sh's to fetch."""
+    try:
+        shards, _ = find_shards(config)
+    except errors as error:
+        present = {path.name.split("_")[0] for path in Path(config.data_dir).glob("*.bin")}
+        if config.preset == "tiny" and not present:
+            return Line("warning", "shards", f"none in {config.data_dir} yet: ./run.sh makes them in seconds")
+        if config.preset != "tiny" and present <= {"fineweb"} and "missing" in str(error):
+            return Line("warning", "shards", f"not all in {config.data_dir} yet: ./run.sh fetches what is missing")
+        return Line("error", "shards", str(error))
+    return Line("ok", "shards", f"{len(shards)} for training and one for validation in {config.data_dir}")
+
+
+def check_disk(config, num_shards: int) -> list[Line]:
+    """Room for the shards that are still to come, for the log, and for checkpoints if they are on."""
+    lines = []
+    present = len(list(Path(config.data_dir).glob("*.bin")))
+    wanted = 4 * 2**20 if config.preset == "tiny" else max(num_shards + 1 - present, 0) * SHARD_BYTES
+    subjects = [("data disk", config.data_dir, wanted), ("log disk", "logs", LOG_BYTES)]
+    if config.checkpoint_every or config.checkpoint_minutes:
+        import memory  # with torch, which may not load
+        held = memory.count_held(config, 1)
+        subjects.append(("checkpoints", "checkpoints", 3 * (held["parameters"] + held["states"])))  # two and a new one
+    for subject, folder, needed in subjects:
+        folder = Path(folder).absolute()
+        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        free = shutil.disk_usage(existing).free
+        text = f"{free / 2**30:.1f} GiB free at {existing}, {needed / 2**30:.1f} GiB still needed"
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            lines.append(Line("error", subject, f"{existing} is no folder that can be written to: choose another one"))
+        elif free < needed:
+            way_out = "free some, or set DATA_PATH to another disk" if subject == "data disk" else "free some"
+            lines.append(Line("error", subject, f"{text}: {way_out}"))
+        else:
+            lines.append(Line("ok", subject, text))
+    return lines
+
+
+def all_reduce_rank(rank: int, size: int, port: int, on_gpu: bool) -> None:
+    """One process of the collective's trial; exits with an error if the sum is wrong."""
+    import torch
+    import torch.distributed as dist
+    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    total = torch.full((2**20,), float(rank + 1), device=device)
+    dist.all_reduce(total)
+    assert total.min() == total.max() == size * (size + 1) / 2
+    dist.destroy_process_group()
+
+
+def check_all_reduce(size: int, on_gpu: bool, limit_s: float = ALL_REDUCE_LIMIT_S, trial=all_reduce_rank) -> Line:
+    """An all-reduce over as many processes as the run will have; all are ended at the limit."""
+    import torch.multiprocessing as mp
+    if size == 1:
+        return Line("ok", "all-reduce", "one process, none needed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.get_context("spawn")
+    ranks = [context.Process(target=trial, args=(rank, size, port, on_gpu), daemon=True) for rank in range(size)]
+    start = time.monotonic()
+    for process in ranks:
+        process.start()
+    while any(process.is_alive() for process in ranks) and time.monotonic() - start < limit_s:
+        if any(process.exitcode for process in ranks):
+            break
+        time.sleep(0.05)
+    hung = [rank for rank, process in enumerate(ranks) if process.is_alive()]
+    failed = [rank for rank, process in enumerate(ranks) if process.exitcode]
+    for process in ranks:
+        process.kill()
+    backend = "nccl" if on_gpu else "gloo"
+    if failed:
+        return Line("error", "all-reduce", f"rank {failed[0]} of {size} failed over {backend}: its message is above")
+    if hung:
+        return Line("error", "all-reduce", f"ranks {hung} of {size} hung over {backend} for {limit_s:.0f} s: look with "
+                                           f"NCCL_DEBUG=INFO; if GPUs cannot reach each other, take another node")
+    return Line("ok", "all-reduce", f"{size} ranks over {backend}")
+
+
+def check_duration(gpus: list[Gpu], preset: str, steps: int) -> Line:
+    if preset == "tiny":
+        return Line("ok", "duration", f"about {TINY_SECONDS / 60:.1f} minutes on 2 CPU cores (measured)")
+    ranks = ranks_on(gpus)
+    minutes = RECORD_SECONDS / RECORD_STEPS * steps * 8 / ranks / 60
+    return Line("ok", "duration", f"about {minutes:.0f} minutes of training on {ranks} x H100 (estimated from the "
+                                  f"published run), after minutes of compilation")
+
+
+def report(preset: str) -> list[Line]:
+    """All lines for a preset; an import that fails ends the report with its own line."""
+    gpus = list_gpus()
+    try:
+        import torch
+        import train_gpt_medium as trainer
+        from fetch import count_shards
+    except Exception as error:  # a broken torch raises more than ImportError
+        broken = Line("error", "torch", f"does not load ({error}): delete .venv and run ./run.sh")
+        return [check_gpus(gpus, preset), broken]
+    config = trainer.choose_config([preset])
+    on_gpu = bool(gpus) and torch.cuda.is_available() and preset != "tiny"
+    return [
+        check_gpus(gpus, preset),
+        check_driver(gpus, torch.__version__, torch.version.cuda),
+        check_torch(gpus, torch),
+        check_all_reduce(ranks_on(gpus) if on_gpu else 1, on_gpu),
+        check_memory(gpus, config),
+        check_shards(config, trainer.UserError, trainer.find_shards),
+        *check_disk(config, count_shards(preset)),
+        check_duration(gpus, preset, config.num_iterations),
+    ]
+
+
+def main() -> None:
+    preset = sys.argv[1] if len(sys.argv) > 1 else "medium" if list_gpus() else "tiny"
+    print(f"checking this machine for the preset {preset}")
+    lines = report(preset)
+    for line in lines:
+        print(f"{line.status:8} {line.subject:11} {line.text}")
+    if any(line.status == "error" for line in lines):
+        sys.exit("preflight: not ready, see the errors above")
+
+
+if __name__ == "__main__":
+    main()

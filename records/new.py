@@ -1,0 +1,139 @@
+"""`new`: a record's folder from finished logs - copies, tables, figures, check - so that no number is typed by hand."""
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+import check
+import compare
+from inference import Interval, format_p, std
+from run_log import RecordError, Run, find_logs, read_log
+from tables import format_markdown, write_text
+
+RECORDS = Path(__file__).resolve().parent
+LEADERBOARD = ["date", "name", "mean loss +- std (nats/token)", "mean train time (s)", "n (runs)", "hardware", "torch",
+               "folder", "status"]
+CAPTIONS = {"loss": "Validation loss against steps and time", "step_time": "Time per step, and the attention window",
+            "lambdas": "Learned scalars", "final_losses": "Final losses against the target"}
+
+
+def copy_logs(paths: list[Path], folder: Path, failed: Path) -> list[Run]:
+    """Copies every log below `paths`, unfinished ones to `failed`; the finished. Raises RecordError on damage."""
+    finished = []
+    for log in (log for path in paths for log in find_logs(path)):
+        run = read_log(log)
+        target = (folder if run.finished else failed) / log.name
+        if target.exists():
+            raise RecordError(f"{log} has the name of another log: a run counts once.")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(log, target)
+        finished += [run] if run.finished else []
+    return finished
+
+
+def one_of(runs: list[Run], attribute: str) -> str:
+    """What all runs share, or all that there is."""
+    return ", ".join(sorted({str(getattr(run.environment, attribute)) or "unknown" for run in runs}))
+
+
+def figures_of(runs: list[Run]) -> tuple[str, str]:
+    """Mean and deviation of loss and mean time as the tables print them."""
+    losses = [run.final_loss for run in runs]
+    return f"{np.mean(losses):.6f} +- {std(losses):.6f}", f"{np.mean([run.train_seconds for run in runs]):.3f}"
+
+
+def runs_table(runs: list[Run]) -> str:
+    return format_markdown(["run", "val loss (nats/token)", "train time (s)", "log"],
+                           [[str(i), f"{run.final_loss:.6f}", f"{run.train_seconds:.3f}", run.path.stem[:8]]
+                            for i, run in enumerate(runs, 1)])
+
+
+def write_readme(folder: Path, title: str, what: str, figures: list[Path]) -> None:
+    """The README of a folder whose logs and figures are in place; every number is computed from the logs."""
+    record = check.read_folder(folder)
+    runs, limits = record.counted, check.Limits()
+    test = check.test_of(record, limits)
+    seconds = [run.train_seconds for run in runs]
+    parts = [f"# {title}", f"## What changed\n\n{what}", "## Setup\n\n" + format_markdown(["item", "value"], [
+        ["hardware", one_of(runs, "hardware")], ["torch", one_of(runs, "torch")], ["CUDA", one_of(runs, "cuda")],
+        ["driver", one_of(runs, "driver")], ["steps", ", ".join(sorted({f"{run.num_iterations:,}" for run in runs}))]]),
+        "## Results\n\n" + format_markdown(["statistic", "value"], [
+            ["n (runs)", str(test.n)], ["mean loss +- std (nats/token)", figures_of(runs)[0]],
+            ["95 % interval of the mean", f"{test.low:.6f} to {test.high:.6f}"],
+            ["mean train time +- std (s)", f"{np.mean(seconds):.3f} +- {std(seconds):.3f}"],
+            [f"one-sided p of mean loss <= {limits.target}", f"t-test p = {format_p(test.t_p)}"],
+            [f"the same with sigma {limits.sigma:g}", f"z-test p = {format_p(test.z_p)}"]]),
+        f"## All {len(runs)} runs\n\n{runs_table(runs)}"]
+    baseline = [run for run in record.baseline if run.finished]
+    if baseline:
+        parts.append(describe_baseline(folder, baseline))
+    if record.failed:
+        rows = [[run.path.stem[:8], f"{run.last_step:,} of {run.num_iterations:,}"] for run in record.failed]
+        parts.append("## Runs that did not finish\n\n" + format_markdown(["log", "last step"], rows))
+    parts.append("## Figures\n\n" + "\n\n".join(f"![{CAPTIONS[path.stem]}](figures/{path.name})" for path in figures))
+    write_text(folder / "README.md", "\n\n".join(parts) + "\n")
+
+
+def describe_baseline(folder: Path, baseline: list[Run]) -> str:
+    """The baseline's runs and what `compare` says."""
+    r = compare.compare_sides(*map(compare.read_side, (folder / "baseline", folder)))
+    rows = [["loss (nats/token)", Interval(**r["loss_difference"]).format("+.6f")],
+            ["train time (s)", Interval(**r["seconds_difference"]).format("+.3f")],
+            *([f"of which {name} steps (s)", Interval(**part).format("+.3f")]
+              for name, part in r.get("decomposition", {}).items())]
+    loss, seconds = figures_of(baseline)
+    return (f"## Baseline\n\nMean loss {loss} nats/token, mean train time {seconds} s; {baseline[0].num_iterations:,} "
+            f"steps, torch {one_of(baseline, 'torch')}, {one_of(baseline, 'hardware')}.\n\n{runs_table(baseline)}\n\n"
+            f"{format_markdown(['record minus baseline', 'difference [95 % interval]'], rows)}")
+
+
+def leaderboard(records: Path) -> str:
+    """One row for each record's folder, computed from its logs or its published figures."""
+    rows = []
+    for path in sorted(path for path in records.iterdir() if re.match(r"\d{4}-\d\d-\d\d_", path.name)):
+        folder = check.read_folder(path)
+        runs = folder.counted
+        if runs:
+            title = re.match(r"# (?:[\d-]{10} )?(.+)", folder.readme or f"# {path.name[11:]}")
+            status = "published figures, not re-run here" if folder.published else check.verdict_of(
+                folder, check.apply_rules(folder, check.Limits()))
+            rows.append([path.name[:10], title[1] if title else path.name[11:], *figures_of(runs), str(len(runs)),
+                         one_of(runs, "hardware"), one_of(runs, "torch"), f"[{path.name}]({path.name}/README.md)",
+                         status])
+    return format_markdown(LEADERBOARD, rows)
+
+
+def refresh_leaderboard(records: Path) -> None:
+    """Rewrites the table in records/README.md. Raises RecordError if there is none."""
+    text = (records / "README.md").read_text(encoding="utf-8")
+    table = re.search(r"^\| date \|.*\n(?:\|.*\n?)*", text, re.M)
+    if not table:
+        raise RecordError(f"{records / 'README.md'} has no table that begins with | date |: restore it from git.")
+    write_text(records / "README.md", text[:table.start()] + leaderboard(records) + "\n" + text[table.end():])
+
+
+def new(name: str, date: str, logs: list[Path], baseline: list[Path], what: str, as_json: bool,
+        records: Path = RECORDS) -> int:
+    """Makes records/DATE_NAME, refreshes the leaderboard, and returns what `check` says of the folder.
+
+    Raises RecordError, and leaves nothing behind, if a log is damaged or no log is finished.
+    """
+    from plot import draw  # loads matplotlib
+    if not re.fullmatch(r"\d{4}-\d\d-\d\d", date) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+        raise RecordError(f"{date}_{name} is no name of a record: give a date YYYY-MM-DD and letters, digits, - or _.")
+    folder = records / f"{date}_{name}"
+    if folder.exists():
+        raise RecordError(f"{folder} exists already: choose another name.")
+    folder.mkdir(parents=True)
+    try:
+        if not copy_logs(logs, folder, folder / "failed"):
+            raise RecordError("none of the logs is finished: a record needs finished runs.")
+        has_baseline = bool(copy_logs(baseline, folder / "baseline", folder / "failed"))
+        sides = [folder / "baseline", folder] if has_baseline else [folder]
+        write_readme(folder, f"{date} {name}", what, draw(sides, folder / "figures"))
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    refresh_leaderboard(records)
+    return check.check(folder, check.Limits(), as_json)

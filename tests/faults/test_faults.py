@@ -1,0 +1,436 @@
+"""Real faults in real processes: each ends in one sentence, nothing that was complete is lost, and the run goes on."""
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import records
+import train_gpt_medium as tgm
+from fault_driver import Started, is_alive, state_of, wait_for, write_copy
+from helpers import ALONE, FEW_LAYERS, ROOT, random_ids, small_config, write_shard
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists() or torch.cuda.is_available(),
+                                reason="reads the state of processes in /proc, and starts ranks without GPUs")
+PIECE = 128  # tokens; two are a batch
+NUM_STEPS = 8
+DOWN_S = 30  # until all processes are down after one was lost
+STOP_LIMIT_S = 5  # in the copies, for steps of milliseconds, on machines that others use
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> tgm.Config:
+    """Both pieces of a batch are equal, so that one rank and two compute the same bits (test_distributed.py)."""
+    config = small_config(layers=FEW_LAYERS, backout_from=1, num_slices=2, seq_len=PIECE, val_seq_len=PIECE,
+                          val_tokens=256, num_iterations=NUM_STEPS, warmup_steps=0, checkpoint_every=2,
+                          dtype=torch.float32)
+    folder = tmp_path_factory.mktemp("shards")
+    pieces = random_ids(NUM_STEPS * PIECE, config).view(NUM_STEPS, 1, PIECE).repeat(1, 2, 1)
+    pieces[:, :, 0] = config.doc_token  # which is the last target of every piece
+    write_shard(folder / "text_train_000001.bin", [*pieces.flatten(), config.doc_token])
+    write_shard(folder / "text_val_000000.bin", random_ids(config.val_tokens + 1, config, seed=1))
+    return tgm.replace(config, data_dir=str(folder))
+
+
+@pytest.fixture
+def place(config, tmp_path) -> Path:
+    """A folder with a copy of the script that keeps checkpoints."""
+    write_copy(tmp_path / "train.py", config, STOP_LIMIT_S=STOP_LIMIT_S)
+    return tmp_path
+
+
+def run(folder: Path, fault: str = "none 0 0", ranks: int = 0, **variables) -> tuple[int, str]:
+    with Started(folder, fault, ranks, **variables) as started:
+        return started.finish()
+
+
+def newest_log(folder: Path) -> str:
+    return max(folder.glob("logs/*.txt"), key=os.path.getmtime).read_text()
+
+
+def losses(log: str) -> dict[int, str]:
+    """Of the validations, digit by digit, with the learned scalars."""
+    lines = re.findall(r"^step:(\d+)/\d+ val_loss:(\S+) .*?(smear_lambda.*)$", log, re.M)
+    return {int(step): f"{loss} {scalars}" for step, loss, scalars in lines}
+
+
+def last_step(log: str) -> int:
+    return int(re.findall(r"^step:(\d+)/.*\n", log, re.M)[-1])
+
+
+def sentence(console: str) -> str:
+    """The one that the script's guard prints, the same on all ranks that print it."""
+    (found,) = set(re.findall(r"^error: (.+)$", console, re.M))
+    return found
+
+
+def saved(folder: Path, ranks: int = 1) -> list[str]:
+    """The checkpoints that all ranks completed, oldest first."""
+    return sorted(str(path.relative_to(folder)) for path in folder.glob("checkpoints/*/step_*")
+                  if all((path / f"rank_{rank}.pt").exists() for rank in range(ranks)))
+
+
+def check(folder: Path, capsys) -> str:
+    """What records.py says of the last log alone."""
+    only = folder / "last"
+    only.mkdir()
+    shutil.copy(max(folder.glob("logs/*.txt"), key=os.path.getmtime), only)
+    assert records.main(["check", str(only)]) == 1
+    shutil.rmtree(only)
+    return capsys.readouterr().out
+
+
+def assert_unfinished(folder: Path, capsys) -> None:
+    """The last log tells what was completed, and no tool takes it for a whole run."""
+    report, step = check(folder, capsys), last_step(newest_log(folder))
+    assert ": unfinished: " in report and f" ends at step {step} of {NUM_STEPS}\n" in report
+
+
+@pytest.fixture(scope="module")
+def straight(config, tmp_path_factory) -> tuple[Path, dict[int, str]]:
+    """A run without a fault: its folder, with the checkpoints of steps 6 and 8, and its losses."""
+    folder = tmp_path_factory.mktemp("straight")
+    write_copy(folder / "train.py", config, STOP_LIMIT_S=STOP_LIMIT_S)
+    code, console = run(folder)
+    assert code == 0, console
+    assert [Path(path).name for path in saved(folder)] == ["step_000006", "step_000008"]
+    whole = losses(newest_log(folder))
+    assert list(whole) == [0, 4, 8]
+    return folder, whole
+
+
+def assert_goes_on(folder: Path, where: str, first_step: int, straight, ranks: int = 0) -> None:
+    """RESUME_FROM=where ends as a run without a fault did."""
+    code, console = run(folder, ranks=ranks, RESUME_FROM=where)
+    assert code == 0, console
+    log = newest_log(folder)
+    assert re.search(rf"^resumed from checkpoints/\S+/step_{first_step:06d}: not eligible", log, re.M)
+    assert losses(log) == {step: loss for step, loss in straight[1].items() if step >= first_step}
+
+
+# ---- a rank is lost
+
+def lose_a_rank(folder: Path, fault: str, capsys, lost: int = 1) -> tuple[int, str]:
+    """Its process id and what was printed. All others are down in time, and the launcher says that it failed."""
+    with Started(folder, fault, ranks=2) as started:
+        pids = [started.pid(rank) for rank in started.ranks]
+        wait_for(lambda: not is_alive(pids[lost]))
+        code, console = started.finish(DOWN_S)
+        assert code != 0 and not any(map(is_alive, pids))
+    assert last_step(newest_log(folder)) == 4
+    assert_unfinished(folder, capsys)
+    return pids[lost], console
+
+
+def test_a_killed_rank_takes_the_others_down(config, tmp_path, capsys):
+    write_copy(tmp_path / "train.py", tgm.replace(config, checkpoint_every=0))
+    pid, console = lose_a_rank(tmp_path, "die 1 5", capsys)
+    assert re.search(rf"rank\s*: 1.*\n.*exitcode\s*: -9 \(pid: {pid}\)", console), console
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_rank_0_killed_in_a_run_with_checkpoints(place, straight, capsys):
+    """The other rank has its own handlers of signals then, and waits in a collective."""
+    pid, console = lose_a_rank(place, "die 0 5", capsys, lost=0)
+    assert re.search(rf"rank\s*: 0.*\n.*exitcode\s*: -9 \(pid: {pid}\)", console), console
+    (*_, path) = saved(place, 2)
+    assert path.endswith("step_000004")
+    assert_goes_on(place, path, 4, straight, ranks=2)
+
+
+def test_the_traceback_of_the_rank_that_failed_comes_first(place, capsys):
+    _, console = lose_a_rank(place, "fail 1 5", capsys)
+    errors = re.findall(r"^(?:\[rank\d\]: )?(?:\w+\.)*(\w+Error): ?(.*)", console, re.M)
+    assert errors[0] == ("RuntimeError", "this rank has a fault of its own"), console
+    assert errors[-1][0] == "ChildFailedError"
+    assert [Path(path).name for path in saved(place, 2)] == ["step_000002", "step_000004"]
+
+
+def test_two_ranks_go_on_after_one_fault_after_the_other(place, straight, capsys):
+    """Killed while it saves, told to stop through the launcher by either signal, one nan: the end is a straight run's.
+
+    Where one rank alone has the newest checkpoint, all go on from the one before it.
+    """
+    lose_a_rank(place, "die_writing 1 written", capsys)
+    (path,) = saved(place, 2)
+    assert path.endswith("step_000002") and [Path(path).name for path in saved(place)] == ["step_000002", "step_000004"]
+    where, first = str(Path(path).parent), 2  # the run's folder: its last checkpoint is meant
+    for fault, number, last in (("wait * 6", signal.SIGTERM, 6), ("wait * 7", signal.SIGINT, 7)):
+        with Started(place, fault, ranks=2, RESUME_FROM=where) as started:
+            for rank in started.ranks:
+                started.reach(f"waiting_{rank}")
+            started.send(number)
+            code, console = started.finish()
+        assert re.search(rf"^resumed from \S+/step_{first:06d}: not", newest_log(place), re.M)
+        (path,) = (path for path in saved(place, 2) if path.endswith(f"step_{last:06d}"))
+        ended = f"{number.name} ended the run after step {last}. RESUME_FROM={path} goes on from the last checkpoint."
+        assert code != 0 and sentence(console) == ended
+        assert newest_log(place).endswith(f"\nstopped: {ended}\n")
+        assert_unfinished(place, capsys)
+        where, first = path, last
+    code, console = run(place, "spoil 1 8", ranks=2, RESUME_FROM=where)
+    assert code != 0 and sentence(console) == (
+        "the mlp_proj gradient of step 8 was not finite: lower the learning rates, check the data. "
+        f"RESUME_FROM={where} goes on from the last checkpoint.")
+    assert len(re.findall("^error: ", console, re.M)) == 2  # each rank for itself
+    assert losses(newest_log(place)) == {}
+    assert_goes_on(place, where, 7, straight, ranks=2)
+    code, console = run(place, RESUME_FROM=where)
+    assert code == 1 and f"{where}/rank_0.pt was made with another number of ranks (2, here 1): " in sentence(console)
+
+
+# ---- SIGTERM and SIGINT
+
+@pytest.mark.parametrize("number, fault", [(signal.SIGTERM, "wait 0 3"), (signal.SIGINT, "wait_and_dawdle 0 3")])
+def test_a_signal_ends_the_run_after_its_step(place, straight, capsys, number, fault):
+    with Started(place, fault) as started:
+        started.reach("waiting_0")
+        started.send(number)
+        code, console = started.finish()
+    (*_, path) = saved(place)
+    ended = f"{number.name} ended the run after step 3. RESUME_FROM={path} goes on from the last checkpoint."
+    assert path.endswith("step_000003") and code == 1 and sentence(console) == ended
+    assert console.endswith(f"\nerror: {ended}\n") and newest_log(place).endswith(f"\nstopped: {ended}\n")
+    assert last_step(newest_log(place)) == 3
+    assert_unfinished(place, capsys)
+    assert_goes_on(place, path, 3, straight)
+    assert f" was resumed from {path}\n" in check(place, capsys)
+
+
+@pytest.mark.parametrize("number, ranks", [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGTERM, 2)])
+def test_without_checkpoints_a_signal_ends_the_run_at_once(config, tmp_path, capsys, number, ranks):
+    write_copy(tmp_path / "train.py", tgm.replace(config, checkpoint_every=0))
+    with Started(tmp_path, "wait * 3", ranks) as started:
+        for rank in started.ranks or (0,):
+            started.reach(f"waiting_{rank}")
+        started.send(number)
+        code, _ = started.finish(DOWN_S)
+        assert not any(is_alive(started.pid(rank)) for rank in started.ranks)
+    assert code != 0 and last_step(newest_log(tmp_path)) == 2
+    assert_unfinished(tmp_path, capsys)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_step_that_cannot_end_does_not_keep_the_process(place, capsys):
+    """The other rank stands still: after STOP_LIMIT_S the signal wins, and says so."""
+    with Started(place, "freeze 1 5", ranks=2) as started:
+        pids = [started.pid(rank) for rank in started.ranks]
+        wait_for(lambda: state_of(pids[1]) == "T")
+        os.kill(pids[0], signal.SIGTERM)
+        wait_for(lambda: not is_alive(pids[0]), DOWN_S)
+        os.kill(pids[1], signal.SIGKILL)
+        code, console = started.finish()
+    assert code != 0
+    assert sentence(console) == (
+        f"no step ended within {STOP_LIMIT_S} s of a signal to stop: go on from the last checkpoint.")
+    assert_unfinished(place, capsys)
+    assert [Path(path).name for path in saved(place, 2)] == ["step_000002", "step_000004"]
+
+
+# ---- a checkpoint that was not completed, is damaged, or is another run's
+
+@pytest.mark.parametrize("where, last", [("none", 2), ("one", 2), ("half", 2), ("all-but-one", 2), ("all", 2),
+                                         ("written", 2), ("renamed", 4)])
+def test_killed_while_a_checkpoint_is_written(place, straight, capsys, where, last):
+    code, console = run(place, f"die_writing 0 {where}")
+    assert code == -signal.SIGKILL, console
+    assert_unfinished(place, capsys)
+    (folder,) = place.glob("checkpoints/*")
+    assert saved(place)[-1].endswith(f"step_{last:06d}")
+    assert len(list(folder.glob("*/*.unfinished"))) == (last == 2)
+    assert_goes_on(place, str(folder.relative_to(place)), last, straight)
+
+
+@pytest.fixture
+def copied(straight, tmp_path) -> Path:
+    """The run without a fault, with what it left."""
+    return Path(shutil.copytree(straight[0], tmp_path / "copied"))
+
+
+def test_a_damaged_checkpoint_names_the_one_before_it(copied, straight):
+    before, path = saved(copied)
+    part = copied / path / "rank_0.pt"
+    data = part.read_bytes()
+    middle = len(data) // 2
+    for damaged in (b"", data[:1], data[:middle], data[:-1],
+                    data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1:]):
+        part.write_bytes(damaged)
+        for where in (path, str(Path(path).parent)):
+            code, console = run(copied, RESUME_FROM=where)
+            assert code == 1 and console == (f"error: {path}/rank_0.pt is torn or damaged: RESUME_FROM={before} goes "
+                                             f"on from the one before it.\n")
+    assert len(list((copied / "logs").iterdir())) == 1  # that of the straight run
+    assert_goes_on(copied, before, 6, straight)
+
+
+def test_a_flipped_bit_is_found_or_changes_nothing(config, copied, straight, monkeypatch):
+    """Anywhere in the file: what the check sums do not cover is not read."""
+    monkeypatch.chdir(copied)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    path = saved(copied)[-1]
+    part = Path(path) / "rank_0.pt"
+    data = bytearray(part.read_bytes())
+    whole = torch.load(part, weights_only=True)
+    checkpoints = tgm.Checkpoints(config, "", tgm.find_shards(config)[0], "run", 0, ALONE)
+    checkpoints.made_by = whole["made_by"]
+    anywhere = torch.randint(len(data), (100,), generator=torch.Generator().manual_seed(0)).tolist()
+    refused = 0
+    for position in (*anywhere, *range(len(data) - 100, len(data))):
+        data[position] ^= 16
+        part.write_bytes(data)
+        try:
+            assert_equal(checkpoints.read(path), whole)
+        except tgm.UserError as error:
+            assert re.fullmatch(rf"{part} is torn or damaged: RESUME_FROM=\S+ goes on from the one before it\.",
+                                str(error))
+            refused += 1
+        data[position] ^= 16
+    assert refused > 100
+
+
+def assert_equal(ours, theirs) -> None:
+    assert type(ours) is type(theirs)
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert_equal(ours[key], theirs[key])
+    elif isinstance(ours, (list, tuple)):
+        assert len(ours) == len(theirs)
+        for mine, other in zip(ours, theirs):
+            assert_equal(mine, other)
+    else:
+        assert ours == theirs
+
+
+def test_another_runs_checkpoint_is_refused_with_what_differs(config, copied, tmp_path_factory):
+    path = saved(copied)[-1]
+    other_data = tmp_path_factory.mktemp("other")
+    shutil.copytree(config.data_dir, other_data, dirs_exist_ok=True)
+    write_shard(other_data / "text_train_000001.bin", random_ids(NUM_STEPS * 2 * PIECE + 2, config))
+    source = (copied / "train.py").read_text()
+    for word, changed, data in (
+            ("muon_lr (0.03, here 0.02)", source.replace("muon_lr=0.03", "muon_lr=0.02"), config.data_dir),
+            (r"script (", source + "# another one\n", config.data_dir), ("set of shards (", source, other_data)):
+        (copied / "train.py").write_text(changed)
+        code, console = run(copied, DATA_PATH=str(data), RESUME_FROM=path)
+        assert code == 1 and console.startswith(f"error: {path}/rank_0.pt was made with another {word}")
+        assert console.count("\n") == 1 and console.endswith(
+            "): go on with the script at the head of its run's log, the same preset, shards, torch and number of "
+            "ranks.\n")
+
+
+def test_more_ranks_than_wrote_a_checkpoint(copied):
+    folder = str(Path(saved(copied)[-1]).parent)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        variables = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", RESUME_FROM=folder,
+                         MASTER_PORT=str(listener.getsockname()[1]))
+    with Started(copied, RANK="0", **variables) as one, Started(copied, RANK="1", **variables) as other:
+        (code, console), (other_code, other_console) = one.finish(), other.finish()
+    assert code == other_code == 1 and sentence(console) == sentence(other_console) == (
+        f"{folder}/rank_0.pt cannot be read (No such file or directory): RESUME_FROM needs a run's folder or "
+        f"checkpoint, and its number of ranks.")
+
+
+def test_a_checkpoint_that_is_not_there(place):
+    for where, reason in (("nowhere", "No such file or directory"), ("checkpoints", "No such file or directory"),
+                          ("nowhere/step_000002", "No such file or directory"), ("train.py", "Not a directory")):
+        code, console = run(place, RESUME_FROM=where)
+        assert code == 1 and console == (f"error: {where}/rank_0.pt cannot be read ({reason}): RESUME_FROM needs a "
+                                         f"run's folder or checkpoint, and its number of ranks.\n")
+
+
+# ---- disks and folders
+
+@pytest.fixture
+def mount():
+    """A function that mounts a memory disk of some bytes in a folder that it makes, or makes it larger."""
+    mounted = []
+
+    def mount(folder: Path, size: int) -> None:
+        again = folder in mounted
+        folder.mkdir(exist_ok=True)
+        try:
+            subprocess.run(["mount", "-t", "tmpfs", "-o", f"{'remount,' * again}size={size}", "tmpfs", folder],
+                           check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("needs the right to mount")
+        if not again:
+            mounted.append(folder)
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_too_small_for_the_second_checkpoint(place, straight, mount, capsys):
+    size = (straight[0] / saved(straight[0])[-1] / "rank_0.pt").stat().st_size
+    mount(place / "checkpoints", size * 3 // 2)
+    code, console = run(place)
+    (before,) = saved(place)
+    path = f"{Path(before).parent}/step_000004/rank_0.pt"
+    assert before.endswith("step_000002") and code == 1
+    assert re.fullmatch(rf"{path} cannot be written \(.+; 0 MiB are free\): make room for it\. "
+                        rf"RESUME_FROM={before} goes on from the last checkpoint\.", sentence(console))
+    assert not list(place.rglob("*.unfinished"))
+    assert_unfinished(place, capsys)
+    mount(place / "checkpoints", size * 8)
+    assert_goes_on(place, before, 2, straight)
+
+
+def test_a_disk_too_small_for_the_log(place, mount, capsys):
+    """Full from the start, then in the middle."""
+    mount(place / "logs", 2 ** 14)
+    code, console = run(place)
+    assert code == 1 and re.fullmatch(r"error: logs/\S+\.txt cannot be written any more \(No space left on device\): "
+                                      r"make room\.\n", console), console
+    mount(place / "logs", 2 ** 18)
+    code, console = run(place, "fill 0 3")
+    (path,) = (path for path in place.glob("logs/*.txt") if path.stat().st_size > 2 ** 14)
+    assert code == 1 and sentence(console) == (f"logs/{path.name} cannot be written any more (No space left on device):"
+                                               f" make room. RESUME_FROM={saved(place)[-1]} goes on from the last "
+                                               f"checkpoint.")
+    assert last_step(path.read_text()) == 2
+    assert_unfinished(place, capsys)
+
+
+@pytest.mark.parametrize("name", ["logs", "checkpoints"])
+def test_a_file_in_a_folders_place(place, name):
+    (place / name).write_text("here")
+    code, console = run(place)
+    assert code == 1 and re.fullmatch(rf"error: {name}/\S+ cannot be written \(File exists\): make room for it\.\n",
+                                      console)
+    assert (place / name).read_text() == "here"
+
+
+def test_two_runs_in_one_folder(place, straight):
+    with Started(place) as one, Started(place) as other:
+        for started in (one, other):
+            code, console = started.finish()
+            assert code == 0, console
+    logs = [path.read_text() for path in place.glob("logs/*.txt")]
+    assert [losses(log) for log in logs] == [straight[1]] * 2
+    folders = list(place.glob("checkpoints/*"))
+    assert len(folders) == 2
+    for folder in folders:
+        assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*")) == [
+            "step_000006/rank_0.pt", "step_000008/rank_0.pt"]
+
+
+def test_the_readme_lists_every_fault_and_every_file():
+    text = (ROOT / "tests" / "README.md").read_text()
+    faults = {name for name in globals() if name.startswith("test_") and "readme" not in name}
+    assert faults == set(re.findall(r"`(test_\w+)`", text))
+    listed = {folder.strip("/`"): set(re.findall(r"`(\w+\.py)`", rows)) for folder, rows in re.findall(
+        r"^\| (`\w+/`|beside them) \|.*\n((?:\|.*\n)+)", text, re.M)}
+    there = {}
+    for path in (ROOT / "tests").rglob("*.py"):
+        there.setdefault("beside them" if path.parent.name == "tests" else path.parent.name, set()).add(path.name)
+    assert listed == there

@@ -1,0 +1,263 @@
+"""Stop and resume equal a straight run bit for bit; what is kept; what a run without checkpoints does not do."""
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import memory
+import train_gpt_medium as tgm
+from helpers import ALONE, CPU, FEW_LAYERS, random_ids, run_main, run_ranks, same, small_config, write_shard
+
+STOP_AFTER = 3  # steps: between two outer ones, in the middle of the second of three shards
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> tgm.Config:
+    """Six steps on three shards of two batches each; every kind of layer, in the record's dtypes: with mantissas."""
+    config = small_config(layers=FEW_LAYERS, backout_from=1, num_slices=4, seq_len=128, val_seq_len=128, val_tokens=512,
+                          warmup_steps=1, seed=None)
+    folder = tmp_path_factory.mktemp("shards")
+    for number in (1, 2, 3):
+        write_shard(folder / f"text_train_{number:06d}.bin", random_ids(2 * 512 + 7, config, seed=number))
+    write_shard(folder / "text_val_000000.bin", random_ids(513, config))
+    return tgm.replace(config, data_dir=str(folder))
+
+
+def straight_and_resumed(world: tgm.World, config: tgm.Config, folder: Path) -> dict:
+    os.chdir(folder)
+    saving = tgm.replace(config, checkpoint_minutes=1000.0, seed=7)
+    straight = run_main(world, tgm.replace(config, seed=7))
+    stopped = run_main(world, saving, stop_after=STOP_AFTER)
+    resumed = run_main(world, saving, resume_from=str(next(Path("checkpoints").iterdir())))
+    return dict(straight=straight, stopped=stopped, resumed=resumed)
+
+
+def lines_of(folder: Path) -> list[tuple[str, list]]:
+    """Of every log, oldest first: its head, and its steps, losses and scalars."""
+    texts = [path.read_text() for path in sorted((folder / "logs").iterdir(), key=os.path.getmtime)]
+    return [(text.split("=" * 100 + "\n")[-2],
+             re.findall(r"^step:(\d+)/6 (?:(val_loss:\S+) )?train_time.*?(smear.*)?$", text, re.M)) for text in texts]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_stop_and_resume_equal_a_straight_run_bit_for_bit(config, tmp_path, size):
+    reports = run_ranks(size, straight_and_resumed, config, tmp_path, folder=tmp_path / "ranks")
+    for rank, report in enumerate(reports):
+        straight, stopped, resumed = (report[name] for name in ("straight", "stopped", "resumed"))
+        assert straight["ended"] == resumed["ended"] == ""
+        assert re.fullmatch(r"SIGTERM ended the run after step 3\. RESUME_FROM=checkpoints/\S+/step_000003 goes on "
+                            r"from the last checkpoint\.", stopped["ended"]), rank
+        assert straight["state"].keys() == resumed["state"].keys()
+        assert [key for key, x in straight["state"].items() if not same(x, resumed["state"][key])] == []
+        assert any(not same(x, stopped["state"][key]) for key, x in straight["state"].items())
+    (_, whole), (_, first), (head, rest) = lines_of(tmp_path)
+    assert [int(step) for step, *_ in first + rest] == [0, 1, 2, 3, 4, 4, 5, 6, 6]
+    assert first + rest == whole  # losses and scalars, digit by digit
+    assert re.search(r"^resumed from checkpoints/\S+/step_000003: not eligible as a timed record$", head, re.M)
+    assert "seed drawn or given: 7\n" in head
+
+
+def train_some(config: tgm.Config, folder: Path, monkeypatch, **changes) -> tgm.Config:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(folder)
+    changed = tgm.replace(config, dtype=torch.float32, **changes)
+    tgm.main(changed)
+    return changed
+
+
+def saved_steps(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("checkpoints/*/step_*") if (path / "rank_0.pt").exists())
+
+
+def test_the_last_two_are_kept_and_the_end_is_one(config, tmp_path, monkeypatch):
+    train_some(config, tmp_path, monkeypatch, checkpoint_every=1)
+    assert saved_steps(tmp_path) == ["step_000005", "step_000006"]
+    assert not list(tmp_path.rglob("*.unfinished"))
+    assert len(list(tmp_path.glob("checkpoints/*/*"))) == 2  # no empty folders
+    held = memory.count_held(tgm.replace(config, dtype=torch.float32), 1)  # what the look at the disk counts with
+    size = next(tmp_path.glob("checkpoints/*/step_000006/rank_0.pt")).stat().st_size
+    assert 0 < size - held["parameters"] - held["states"] < 2**16  # random states, constants, names
+
+
+def test_minutes_count_from_the_last_one(config, tmp_path, monkeypatch):
+    """A clock of its own: every look at it is half a minute later."""
+    now = iter(range(0, 10_000, 30))
+    monkeypatch.setattr(tgm.time, "monotonic", lambda: next(now))
+    saved, save = [], tgm.Checkpoints.save
+    monkeypatch.setattr(tgm.Checkpoints, "save",
+                        lambda self, step, *rest: saved.append(step) or save(self, step, *rest))
+    train_some(config, tmp_path, monkeypatch, checkpoint_minutes=1.0)
+    assert saved == [2, 4, 6]
+
+
+def test_a_finished_run_resumes_to_its_validation(config, tmp_path, monkeypatch):
+    changed = train_some(config, tmp_path, monkeypatch, checkpoint_every=4)
+    (run,) = (tmp_path / "checkpoints").iterdir()
+    tgm.main(changed, str(run))
+    (_, whole), (_, rest) = lines_of(tmp_path)
+    assert rest == whole[-1:] and rest[0][0] == "6"
+
+
+def test_the_clock_goes_on(config, tmp_path, monkeypatch):
+    changed = train_some(config, tmp_path, monkeypatch, checkpoint_every=4)
+    saved = torch.load(next(tmp_path.glob("checkpoints/*/step_000004/rank_0.pt")), weights_only=True)
+    tgm.main(changed, str(next(tmp_path.glob("checkpoints/*/step_000004"))))
+    log = max((tmp_path / "logs").iterdir(), key=os.path.getmtime).read_text()
+    milliseconds = [int(ms) for ms in re.findall(r"^step:\d+/6 .*train_time:(\d+)ms", log, re.M)]
+    assert milliseconds[0] == round(1000 * saved["seconds"]) > 0 and milliseconds == sorted(milliseconds)
+
+
+@pytest.mark.parametrize("first_batch", range(6))
+def test_the_loader_begins_anywhere(config, first_batch):
+    shards, _ = tgm.find_shards(config)
+    world = tgm.World(1, 2, CPU)
+    whole, rest = tgm.TrainLoader(shards, config, world), tgm.TrainLoader(shards, config, world, first_batch)
+    batches = [next(whole) for _ in range(6)]
+    for batch in batches[first_batch:]:
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(next(rest), batch))
+    whole.close()
+    rest.close()
+
+
+def test_a_loader_reads_no_shard_before_its_first_batch(config, monkeypatch):
+    shards, _ = tgm.find_shards(config)
+    reads, read = [], tgm.Shard.read
+    monkeypatch.setattr(tgm.Shard, "read", lambda self, *rest: reads.append(self.path.name) or read(self, *rest))
+    loader = tgm.TrainLoader(shards, config, ALONE, first_batch=4)
+    next(loader)
+    loader.close()
+    assert reads == ["text_train_000003.bin"]
+
+
+@pytest.mark.parametrize("content", [{"model": 1}, [1, 2], {"made_by": {}}])
+def test_a_file_of_something_else_is_refused(config, tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    checkpoints = tgm.Checkpoints(config, "source", tgm.find_shards(config)[0], "run", 0, ALONE)
+    torch.save(content, tmp_path / "rank_0.pt")
+    refused = r"rank_0\.pt (is torn or damaged|was made with another preset \(None, here)"
+    with pytest.raises(tgm.UserError, match=refused):
+        checkpoints.read(str(tmp_path))
+
+
+def test_a_signal_between_two_looks_is_not_forgotten(config, tmp_path, monkeypatch):
+    """It comes while the ranks tell each other that there was none; a second one changes nothing."""
+    monkeypatch.chdir(tmp_path)
+    checkpoints = tgm.Checkpoints(config, "source", tgm.find_shards(config)[0], "run", 0, ALONE)
+    gather = checkpoints._gather
+    with checkpoints.signals:
+        checkpoints._gather = lambda value: (gather(value), os.kill(os.getpid(), signal.SIGTERM))[0]
+        assert not checkpoints.due(1)
+        checkpoints._gather = gather
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert checkpoints.due(2) and checkpoints.stopped_by == signal.SIGTERM and checkpoints.signals.seen.is_set()
+
+
+def test_content_and_names_are_on_disk_before_older_ones_are_deleted(config, tmp_path, monkeypatch):
+    """The order of what reaches the file system when the third checkpoint is saved."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = tgm.GPT(config)
+    optimizer = tgm.Optimizer(model, config, ALONE)
+    checkpoints = tgm.Checkpoints(config, "source", tgm.find_shards(config)[0], "run", 0, ALONE)
+    for step in (1, 2):
+        checkpoints.save(step, 0.0, optimizer)
+    calls, unlink = [], Path.unlink
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (
+        calls.append(("fsync", Path(os.readlink(f"/proc/self/fd/{handle}")).name)), fsync(handle)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(("replace", Path(a).name, b.name)), replace(a, b)))
+    monkeypatch.setattr(Path, "unlink", lambda path, **rest: (calls.append(("unlink", path.parent.name)),
+                                                              unlink(path, **rest)))
+    checkpoints.save(3, 0.0, optimizer)
+    assert calls == [("fsync", "rank_0.pt.unfinished"), ("replace", "rank_0.pt.unfinished", "rank_0.pt"),
+                     ("fsync", "step_000003"), ("fsync", "run"), ("fsync", "checkpoints"), ("unlink", "step_000001")]
+
+
+class Operations(TorchDispatchMode):
+    """The operations on tensors, by name."""
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def operations_of_steps(config: tgm.Config, monkeypatch, loop) -> list[str]:
+    """What `loop(model, optimizer, loader, val_shard)` does between its first and its last training step."""
+    torch.manual_seed(0)
+    train_shards, val_shard = tgm.find_shards(config)
+    model, mode, train_step = tgm.GPT(config), Operations(), tgm.train_step
+    optimizer, loader = tgm.Optimizer(model, config, ALONE), tgm.TrainLoader(train_shards, config, ALONE)
+    marks = []
+
+    def marked(*arguments):
+        marks.append(len(mode.names))
+        return train_step(*arguments)
+
+    monkeypatch.setattr(tgm, "train_step", marked)
+    with mode:
+        loop(model, optimizer, loader, val_shard)
+    loader.close()
+    assert len(marks) == config.num_iterations
+    return mode.names[marks[0]:marks[-1]]
+
+
+def test_without_checkpoints_a_step_does_nothing_for_them(config, tmp_path, monkeypatch):
+    """Operation by operation, a run's steps are those of a bare loop; nothing is read back from the device in them."""
+    monkeypatch.chdir(tmp_path)
+    config = tgm.replace(config, dtype=torch.float32, val_every=100)
+    handlers, waits, wait = [], [], tgm.Clock._wait_for_all
+    monkeypatch.setattr(tgm.Clock, "_wait_for_all", lambda clock: waits.append(1) or wait(clock))
+
+    def never(*_, **__):
+        raise AssertionError("made in a run without checkpoints")
+
+    def bare(model, optimizer, loader, val_shard):
+        watch = tgm.Watch(["loss", *optimizer.banks], ALONE)
+        for step in range(config.num_iterations):
+            loss = tgm.train_step(model, optimizer, *next(loader), step)
+            watch.note(step + 1, [loss, *(bank.grad_sum for bank in optimizer.banks.values())])
+
+    def run(checkpoints):
+        def loop(model, optimizer, loader, val_shard):
+            note = tgm.Watch.note
+            monkeypatch.setattr(tgm.Watch, "note", lambda *arguments: handlers.append(
+                signal.getsignal(signal.SIGTERM)) or note(*arguments))
+            tgm.train(model, optimizer, loader, val_shard, ALONE, tgm.Log("run", ALONE), checkpoints)
+        return loop
+
+    plain = operations_of_steps(config, monkeypatch, bare)
+    with monkeypatch.context() as patch:
+        patch.setattr(tgm.Checkpoints, "__init__", never)
+        patch.setattr(tgm.StopSignals, "__init__", never)
+        off = operations_of_steps(config, monkeypatch, run(None))
+    assert off == plain and len(plain) > 1000
+    assert len(waits) == 2  # for the GPU and all ranks: before the first step and after the last
+    assert not [name for name in plain if "_local_scalar_dense" in name]
+    assert set(handlers) == {signal.SIG_DFL}
+    saving = tgm.replace(config, checkpoint_minutes=1000.0)
+    checkpoints = tgm.Checkpoints(saving, "source", tgm.find_shards(config)[0], "run", 0, ALONE)
+    assert operations_of_steps(config, monkeypatch, run(checkpoints)) == plain  # nor does it with them, if none is due
+
+
+@pytest.mark.parametrize("constants, kept", [({}, False), (dict(checkpoint_every=4), True),
+                                             (dict(checkpoint_minutes=9.0), True)])
+def test_checkpoints_are_off_unless_asked_for(config, tmp_path, monkeypatch, constants, kept):
+    made = []
+    monkeypatch.setattr(tgm, "Checkpoints", lambda *_: made.append(1) or None)
+    train_some(config, tmp_path, monkeypatch, num_iterations=1, warmup_steps=0, **constants)
+    assert bool(made) == kept
+    assert tgm.Config().checkpoint_every == tgm.Config().checkpoint_minutes == 0
+
+
+def test_signals_are_as_before_after_a_run(config, tmp_path, monkeypatch):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    train_some(config, tmp_path, monkeypatch, num_iterations=1, warmup_steps=0, checkpoint_every=1)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    assert signal.set_wakeup_fd(-1) == -1

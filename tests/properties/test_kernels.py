@@ -1,0 +1,241 @@
+"""Every hand-written kernel against plain torch: in Triton's interpreter on a CPU (fp32, fp16), as compiled on a GPU.
+
+Tolerances are bounds on rounding: a sum of n products is off by at most n units of 2^-24 of the sum of magnitudes, and
+a result stored in a shorter dtype by half of its last place.
+"""
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import plain_twin
+import train_gpt_medium as tgm
+from helpers import CPU, RECORDS, assert_known_answer, golden, random_ids, randomise, relative, small_config
+
+pytest.importorskip("triton", reason="triton is not installed: its interpreter runs the kernels")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# The interpreter multiplies and rounds bf16 wrongly, and on a GPU fp32 is left to the plain versions.
+DTYPES = [torch.float16, torch.bfloat16] if DEVICE.type == "cuda" else [torch.float32, torch.float16]
+UNIT = 2.0 ** -24  # rounding of fp32, relative
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Everything that has a kernel runs it, with NaN in every output before; two programs share the work."""
+    monkeypatch.setattr(tgm, "runs_kernels", lambda *_: True)
+    monkeypatch.setattr(tgm, "num_multiprocessors", lambda device: 2)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3, device=DEVICE).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("shared_kib, dtype, small, large", [
+    (227, torch.bfloat16, True, True), (163, torch.bfloat16, True, False), (99, torch.bfloat16, True, False),
+    (227, torch.float32, False, False)])
+def test_tiles_that_a_gpu_cannot_hold_are_left_to_the_plain_versions(monkeypatch, shared_kib, dtype, small, large):
+    gpu = SimpleNamespace(shared_memory_per_block_optin=shared_kib * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    x = SimpleNamespace(is_cuda=True, dtype=dtype, device="a GPU")
+    assert tgm.runs_kernels(x) is small and tgm.runs_kernels(x, tgm.HOPPER_SHARED_BYTES) is large
+
+
+def randn(*shape: int, seed: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype).to(DEVICE)
+
+
+def assert_within(ours: torch.Tensor, exact_fp64: torch.Tensor, bound: torch.Tensor) -> None:
+    """|ours - exact| <= bound + half a last place of ours' dtype, element by element; NaN fails."""
+    half_place = {torch.float32: UNIT, torch.float16: 2.0 ** -11, torch.bfloat16: 2.0 ** -8}[ours.dtype]
+    smallest = {torch.float32: 0.0, torch.float16: 2.0 ** -25, torch.bfloat16: 0.0}[ours.dtype]
+    excess = (ours.double() - exact_fp64).abs() - bound - half_place * exact_fp64.abs() - smallest
+    assert (excess <= 0).all(), f"{(~(excess <= 0)).sum()} of {excess.numel()} elements, by up to {excess.max()}"
+
+
+# A row within one block of columns, of exactly one, and of several; more rows than programs.
+@pytest.mark.parametrize("T, V", [(7, 300), (3, 4096), (5, 9000)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cross_entropy_equals_plain_torch(kernels, dtype, T, V):
+    softcap = 15.0
+    logits = randn(T, V, seed=1, dtype=dtype, scale=20)
+    logits[0, :4] = torch.tensor([1e4, -1e4, 0, 0.01])  # saturated, and nearly linear
+    targets = torch.randint(0, V, (T,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    targets[:2] = torch.tensor([V - 1, 0])
+    z = logits.double().requires_grad_()
+    exact = F.cross_entropy(softcap * z * torch.rsqrt(z * z + softcap ** 2), targets, reduction="none")
+    exact.mean().backward()
+    # Exponents up to 2 softcap after about eight operations; the error of an exponent is the relative one of its power.
+    exponent_error = 8 * 2 * softcap * UNIT
+    before = logits.clone()
+    for with_grad in (False, True):
+        losses = tgm.cross_entropy(logits, targets, softcap, with_grad)
+        assert losses.dtype == torch.float32
+        assert_within(losses, exact.detach(), torch.full_like(exact, 2 * exponent_error))
+        assert torch.equal(logits, before) or with_grad
+    assert logits.dtype == dtype
+    p = (softcap * z * torch.rsqrt(z * z + softcap ** 2)).softmax(-1).detach()
+    assert_within(logits, z.grad, (p * 2 * exponent_error + 8 * UNIT) / T)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_head_gradients_scale_with_what_follows(kernels, dtype):
+    """A loss multiplied after the head has multiplied gradients, though they were computed before."""
+    latents, head = randn(128, 64, seed=1, dtype=dtype), randn(256, 64, seed=2, dtype=dtype, scale=0.2)
+    targets = torch.arange(128, device=DEVICE)
+    results = []
+    for function in (lambda y, w: tgm.HeadLoss.apply(y, w, targets, 15.0),
+                     lambda y, w: F.cross_entropy((z := (y @ w.mT).float()) * 15 * torch.rsqrt(z * z + 225), targets)):
+        y, w = latents.clone().requires_grad_(), head.clone().requires_grad_()
+        (3 * function(y, w)).backward()
+        results.append((y.grad.double(), w.grad.double()))
+    for ours, plain in zip(*results):
+        # Both round the logits and their gradient to dtype, multiply, and round the product: a few last places.
+        unit = 6 * (UNIT if dtype == torch.float32 else torch.finfo(dtype).eps)
+        assert (ours - plain).norm() <= unit * plain.norm() and plain.norm() > 0
+
+
+# Borders that no tile divides, one tile, several tiles a program.
+@pytest.mark.parametrize("T, C", [(128, 64), (200, 96), (384, 72)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mlp_products_equal_plain_torch(kernels, dtype, T, C):
+    x, fc = randn(T, C, seed=1, dtype=dtype), randn(4 * C, C, seed=2, dtype=dtype, scale=C ** -0.5)
+    post = tgm.mlp_up(x, fc)
+    h = x.double() @ fc.double().mT
+    h_error = (C + 1) * UNIT * (x.double().abs() @ fc.double().abs().mT)
+    assert post.dtype == dtype and post.shape == (T, 4 * C)
+    assert_within(post, h.relu() ** 2, 2 * h.abs() * h_error + h_error ** 2 + 2 * UNIT * h ** 2)
+    dy, proj = randn(T, C, seed=3, dtype=dtype), randn(C, 4 * C, seed=4, dtype=dtype, scale=C ** -0.5)
+    dh = tgm.mlp_down_grad(dy, proj, post)
+    slope = 2 * post.double().sqrt()
+    exact = slope * (dy.double() @ proj.double())
+    product_error = (C + 1) * UNIT * (dy.double().abs() @ proj.double().abs())
+    assert dh.dtype == dtype and (exact != 0).any() and (exact == 0).any()
+    assert_within(dh, exact, slope * product_error + 4 * UNIT * exact.abs())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mlp_gradients_equal_the_twins(kernels, dtype):
+    T, C = 128, 64
+    x, fc = randn(T, C, seed=1, dtype=dtype), randn(4 * C, C, seed=2, dtype=dtype, scale=C ** -0.5)
+    proj, dy = randn(C, 4 * C, seed=3, dtype=dtype, scale=C ** -0.5), randn(T, C, seed=4, dtype=dtype)
+    results = []
+    for function, cast in ((tgm.ReluSquaredMLP.apply, dtype),
+                           (lambda x, fc, proj: F.linear(F.relu(F.linear(x, fc)).square(), proj), torch.float64)):
+        inputs = [t.to(cast).clone().requires_grad_() for t in (x, fc, proj)]
+        y = function(*inputs)
+        y.backward(dy.to(cast))
+        results.append([y.detach().double(), *(t.grad.double() for t in inputs)])
+    for name, ours, exact in zip(("y", "dx", "dfc", "dproj"), *results):
+        # post, dh and the result are rounded to dtype, and sums have up to 4C or T terms of fp32.
+        tolerance = 3 * (torch.finfo(dtype).eps / 2) + 4 * C * UNIT
+        assert (ours - exact).norm() <= tolerance * exact.norm(), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("C", [64, 96])
+def test_embedding_gradients_equal_plain_torch(kernels, dtype, C):
+    T, V, num_tables = 256, 40, 3
+    ids = torch.randint(3, V - 2, (T,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    ids[:100], ids[200], ids[-1] = 5, 0, V - 1  # one id in several rounds of its program; the first and the last id
+    grads = randn(num_tables, T, C, seed=1, dtype=dtype)
+    ours = tgm.embedding_grad(grads, ids.to(DEVICE), V)
+    exact = torch.zeros(num_tables, V, C, dtype=torch.float64, device=DEVICE)
+    exact.index_add_(1, ids.to(DEVICE), grads.double())
+    magnitude = torch.zeros_like(exact).index_add_(1, ids.to(DEVICE), grads.double().abs())
+    assert ours.dtype == dtype and ours[:, 1].abs().sum() == 0  # an id that does not occur
+    assert_within(ours, exact, T * UNIT * magnitude)
+
+
+# One tile; tiles above, on and below the diagonal, of several matrices and several steps along K.
+@pytest.mark.parametrize("n, rows, K", [(1, 128, 64), (3, 256, 320), (2, 384, 128)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_symmetric_products_equal_plain_torch(kernels, dtype, n, rows, K):
+    x = randn(n, rows, K, seed=1, dtype=dtype, scale=K ** -0.5)
+    A = tgm.symmetric_product(x, 1.0, 0.0)
+    exact = x.double() @ x.double().mT
+    error = (K + 1) * UNIT * (x.double().abs() @ x.double().abs().mT)
+    tile = torch.arange(rows, device=DEVICE) // 128
+    mirrored = tile[:, None] != tile  # tiles on the diagonal are computed in full
+    assert A.dtype == dtype and torch.equal(A[:, mirrored], A.mT[:, mirrored])
+    assert_within(A, exact, error)
+    B = tgm.symmetric_product(A, 1.2, -3.1)
+    exact = 1.2 * A.double() @ A.double().mT - 3.1 * A.double()
+    magnitude = 1.2 * A.double().abs() @ A.double().abs() + 3.1 * A.double().abs()
+    assert_within(B, exact, (rows + 4) * UNIT * magnitude)
+    assert torch.equal(B[:, mirrored], B.mT[:, mirrored])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_newton_schulz_through_the_kernel_equals_the_plain_one(kernels, monkeypatch, dtype):
+    x = randn(2, 128, 192, seed=1, dtype=dtype)
+    ours = tgm.newton_schulz(x)
+    monkeypatch.setattr(tgm, "runs_kernels", lambda *_: False)
+    plain = tgm.newton_schulz(x.float())
+    # fp32: bound of SPEC 8 for another order of sums. Shorter: a few roundings in each of five steps, whose slopes at
+    # singular value 1, where nearly all end up, are at most 1; twice what one step's six roundings give.
+    assert relative(ours, plain) < (1e-4 if dtype == torch.float32 else 12 * torch.finfo(dtype).eps)
+
+
+# The quickest by default, about 30 s; the others with `pytest -m slow`.
+CASES = [pytest.param(case["config"], answer, id=f"{case['config']['name']}-{answer['window_blocks']}",
+                      marks=[] if (case["config"]["name"], answer["window_blocks"]) == ("A", 2) else [pytest.mark.slow])
+         for case in golden("model.json") for answer in case["cases"]]
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="known answers are fp32, which a GPU leaves to the plain versions")
+@pytest.mark.parametrize("case, answer", CASES)
+def test_known_answers_through_the_kernels(kernels, case, answer):
+    assert_known_answer(case, answer)
+
+
+# The kernels know neither documents nor windows: in the interpreter each occurs once, other pairs with `-m slow`.
+PAIRS = [pytest.param(doc_starts, w, marks=[] if DEVICE.type == "cuda" or i == j else [pytest.mark.slow])
+         for i, doc_starts in enumerate(([], [0, 128, 256], [127, 129, 200, 383])) for j, w in enumerate((0, 1, 3))]
+
+
+@pytest.mark.parametrize("doc_starts, w", PAIRS)
+def test_model_through_the_kernels_equals_the_twin(kernels, doc_starts, w):
+    """Forward, validation and every gradient, fp32, with no parameter at zero."""
+    layers = (tgm.Layer(value_embed=0, long_window=True), tgm.Layer(attention=False),
+              tgm.Layer(value_embed=0, skip_from=0))
+    config = small_config(layers=layers, backout_from=1, vocab_size=65, doc_token=64, seq_len=384, val_seq_len=384,
+                          val_tokens=384, dtype=torch.float32 if DEVICE.type == "cpu" else torch.bfloat16)
+    torch.manual_seed(0)
+    model, twin = tgm.GPT(config), plain_twin.GPT(tgm.replace(config, dtype=torch.float32))
+    randomise(model)
+    plain_twin.copy_weights(model, twin)
+    ids = random_ids(385, config, mean_doc=10 ** 9)
+    ids[doc_starts] = 64
+    inputs, targets = ids[:-1], ids[1:].long()
+    model.to(DEVICE)
+    loss = model(inputs.to(DEVICE), targets.to(DEVICE), tgm.as_window(w, DEVICE))
+    loss.backward()
+    twin_loss = twin(inputs, targets, tgm.as_window(w, CPU))
+    twin_loss.backward()
+    with torch.no_grad():
+        val_loss = model(inputs.to(DEVICE), targets.to(DEVICE), tgm.as_window(w, DEVICE))
+    # fp32: sums of up to 384 terms in three layers. bf16: a few roundings of 2^-9 a layer.
+    tolerance = 1e-5 if DEVICE.type == "cpu" else 16 * 2 ** -9
+    assert abs(loss - twin_loss) < tolerance * twin_loss and abs(val_loss - twin_loss) < tolerance * twin_loss
+    grads = plain_twin.twin_of({name: p.grad.cpu().float() for name, p in model.named_parameters()})
+    for name, p in twin.named_parameters():
+        assert relative(grads[name], p.grad) < tolerance, name
+
+
+def test_kernels_compile_for_an_h100_without_spills():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, str(RECORDS / "bench" / "kernel_specs.py"), "--json"], env=environment,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kernels = json.loads(done.stdout)
+    assert {k["name"].split("(")[0] for k in kernels} == {name for name in dir(tgm) if name.endswith("_kernel")}
+    for k in kernels:
+        assert k["spill_store_bytes"] == k["spill_load_bytes"] == 0, k
+        guarded = k["name"].startswith(("mlp", "symmetric"))  # the others must fit every GPU
+        assert k["shared_bytes"] <= (tgm.HOPPER_SHARED_BYTES if guarded else 48 * 1024), k

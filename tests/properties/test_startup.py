@@ -1,0 +1,90 @@
+"""What is compiled before the clock starts, and that nothing is after. The backend counts and compiles nothing."""
+from functools import partial
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import train_gpt_medium as tgm
+from helpers import ALONE, CPU, random_ids, randomise, small_config
+
+# One layer of each kind, and a second one of the first: long and short windows, with and without value embeddings.
+LAYERS = (tgm.Layer(value_embed=0, long_window=True), tgm.Layer(value_embed=0), tgm.Layer(),
+          tgm.Layer(attention=False), tgm.Layer(skip_from=1), tgm.Layer(value_embed=0, long_window=True))
+
+
+def make_model() -> tgm.GPT:
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    model = tgm.GPT(small_config(layers=LAYERS, backout_from=3, seq_len=128, val_seq_len=256, val_tokens=256,
+                                 num_slices=1, dtype=torch.float32))
+    randomise(model)
+    return model
+
+
+# A pass with gradients and one without: the whole model, or three kinds of block, the embeddings and the end.
+@pytest.mark.parametrize("whole, graphs", [(True, 2), (False, 2 * 5)])
+def test_nothing_compiles_after_warm_up(whole, graphs):
+    model = make_model()
+    tgm.compile_model(model, whole, backend="aot_eager")
+    compiled = partial(torch.compile, dynamic=False, fullgraph=True, backend="aot_eager")
+    optimizer = tgm.Optimizer(model, model.config, ALONE, compiled)
+    tgm.warm_up(model, optimizer, ALONE)
+    graphs += 2  # Muon's update of MLP matrices and of the others
+    assert counters["stats"]["unique_graphs"] == graphs
+    for step in range(model.config.num_iterations):  # every window of the schedule
+        tgm.train_step(model, optimizer, *tgm.split_slices(random_ids(129, model.config, step), 128), step)
+    with torch.no_grad():
+        ids = random_ids(257, model.config)
+        model(ids[:-1], ids[1:].long(), tgm.as_window(3, CPU))
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_every_layer_may_be_a_kind_of_its_own(monkeypatch):
+    """More kinds of block than torch's own limit of recompilations lets share one function."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    model = make_model()
+    tgm.compile_model(model, whole=False, backend="aot_eager")
+    with torch.no_grad():
+        model.latents(random_ids(128, model.config), tgm.as_window(1, CPU))
+    assert counters["stats"]["unique_graphs"] == 5
+
+
+def test_progress_shows_every_compilation_on_rank_0(capsys):
+    for rank, shown in ((0, 1), (1, 0)):
+        torch._dynamo.reset()
+        square = torch.compile(lambda x: x * x, backend="aot_eager")
+        with tgm.CompileProgress(tgm.World(rank, 2, CPU)):
+            square(torch.ones(3))
+        square(torch.ones(2, 2))  # not announced any more
+        out = capsys.readouterr().out
+        assert out.count("warm-up: compilation 1 ... ") == out.count(" s so far)") == shown
+        assert out.count("warm-up: 1 compilations, ") == shown
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_regions_compute_the_model_bit_for_bit(whole):
+    results = []
+    for compiled in (False, True):
+        model = make_model()
+        if compiled:
+            tgm.compile_model(model, whole, backend="aot_eager")
+        ids = random_ids(257, model.config)
+        loss = model(ids[:-1], ids[1:].long(), tgm.as_window(2, CPU))
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for eager, ours in zip(*results):
+        assert torch.equal(eager, ours)
+
+
+def test_blocks_of_a_kind_share_code_with_block_masks(monkeypatch):
+    """What a GPU compiles: FlexAttention with masks built outside the region, new ones in every step."""
+    monkeypatch.setattr(tgm, "dense_mask", lambda mask: mask)
+    model = make_model()
+    tgm.compile_model(model, whole=False, backend="aot_eager")
+    with torch.no_grad():
+        for step in range(3):
+            model.latents(random_ids(256, model.config, step), tgm.as_window(step + 1, CPU))
+    # Long and short windows differ in nothing that a graph holds while their kernel options are equal.
+    assert counters["stats"]["unique_graphs"] == 2 + 3 + (tgm.LONG_WINDOW_KERNEL != tgm.SHORT_WINDOW_KERNEL)

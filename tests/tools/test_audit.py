@@ -1,0 +1,313 @@
+"""records/audit.py: a trained model passes every check, and every check catches what it is for."""
+import random
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import audit
+import train_gpt_medium as tgm
+import weights
+from helpers import ALONE, RECORDS, randomise, small_config, train_few_layers
+
+CHECKS = ["suffix", "documents", "probabilities", "validation", "warm-up"]
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> tuple[tgm.Config, Path]:
+    return train_few_layers(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def trained(run) -> weights.Weights:
+    return weights.read_weights(run[1])
+
+
+@pytest.fixture
+def model(trained) -> tgm.GPT:
+    return weights.build_model(trained)
+
+
+@pytest.fixture
+def shard(run) -> tgm.Shard:
+    return weights.open_validation(run[0], Path(run[0].data_dir))
+
+
+@pytest.fixture
+def ids(run, shard) -> torch.Tensor:
+    return audit.audited_ids(shard, run[0])
+
+
+def test_the_readme_lists_the_checks():
+    table = (RECORDS / "README.md").read_text().split("| check | what must hold |")[1].split("\n\n")[0]
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [f"| {check}" for check in CHECKS]
+
+
+def test_a_trained_checkpoint_passes(run, capsys):
+    config, folder = run
+    assert weights.main(["audit", str(folder), "--data", config.data_dir]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [["ok", f"{check}:"] for check in CHECKS]
+    assert "126 changes of later tokens, windows 1, 2, 4" in lines[0]  # 3 windows, 14 prefixes, 3 kinds of changes
+    assert "9 changes before a document" in lines[1] and "6 first tokens'" in lines[1]  # one follows a document token
+    assert "targets 1 to 2,048 of text_val_000000.bin" in lines[3]
+
+
+@pytest.fixture
+def fewer_changes(monkeypatch):
+    """For tests of what is around the checks, of which one shows that all of them pass."""
+    monkeypatch.setattr(audit, "PREFIXES", (100,))
+    monkeypatch.setattr(audit, "WORLD_SIZES", (1, 2))
+
+
+def test_a_failure_is_a_line_and_the_exit_status(run, fewer_changes, capsys, monkeypatch):
+    monkeypatch.setattr(tgm.Snoo, "load_state_dict", lambda self, saved: None)
+    assert weights.main(["audit", str(run[1]), "--data", run[0].data_dir]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["ok"] * 4 + ["FAILED"]
+
+
+def test_where_a_whole_batch_needs_a_gpu_warm_up_is_not_run(run, fewer_changes, capsys, monkeypatch):
+    monkeypatch.setattr(weights, "needs_gpu", lambda model: True)
+    assert weights.main(["audit", str(run[1]), "--data", run[0].data_dir]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("not run  warm-up: preset tiny trains on a CUDA GPU")
+    assert weights.main(["evaluate", str(run[1]), "--data", run[0].data_dir]) == 1
+    assert "need a CUDA GPU" in capsys.readouterr().err
+
+
+def test_prefixes_and_borders_lie_where_they_say(ids, run):
+    starts = (ids == run[0].doc_token).nonzero().flatten().tolist()
+    assert set(audit.BORDERS) <= set(starts) and len(ids) == audit.NUM_TOKENS
+    inside = [prefix for prefix in audit.PREFIXES if not {prefix - 1, prefix, prefix + 1} & set(starts)]
+    assert inside and all({border - 1, border, border + 1} <= set(audit.PREFIXES) for border in (200, 256))
+    assert all({border - 1, border, border + 1} <= set(audit.PREFIXES) for border in (128, 256))
+    assert len(ids) - 1 in audit.PREFIXES
+
+
+# ---- models that see too much
+
+def with_mask(allows):
+    """`block_masks` in which `allows(q, k)` are let attend too, within the blocks that are listed."""
+    def block_masks(*arguments):
+        masks = original(*arguments)
+        for mask in masks:
+            def mask_mod(b, h, q, k, honest=mask.mask_mod):
+                return honest(b, h, q, k) | allows(q, k)
+            mask.mask_mod = mask_mod
+        return masks
+    original = tgm.block_masks
+    return block_masks
+
+
+def with_pair(q: int, k: int):
+    """`dense_mask` that lets one more pair attend."""
+    def dense_mask(mask):
+        dense = original(mask)
+        dense[q, k] = True
+        return dense
+    original = tgm.dense_mask
+    return dense_mask
+
+
+def smear_with(*shifts):
+    """Smear-MTP with the neighbours at these distances: [1] is the record's."""
+    def smear(x, smear_lambda):
+        neighbours = [torch.cat((x.new_zeros(n, x.size(1)), x[:-n])) if n > 0 else
+                      torch.cat((x[-n:], x.new_zeros(-n, x.size(1)))) for n in shifts]
+        return x + smear_lambda * sum(neighbours)
+    return smear
+
+
+def finish_with_mean(self, x, middle):
+    return original_finish(self, x, middle) + 1e-3 * x.mean(0)
+
+
+original_finish = tgm.GPT.finish
+FROM_THE_FUTURE = {
+    "one later token of a block": lambda: ("block_masks", with_mask(lambda q, k: k == q + 1)),
+    "the last of a block": lambda: ("block_masks", with_mask(lambda q, k: k % 128 == 127)),
+    "over a block's border": lambda: ("dense_mask", with_pair(127, 128)),
+    "over a document's border": lambda: ("dense_mask", with_pair(199, 200)),
+    "the very last token": lambda: ("dense_mask", with_pair(510, 511)),
+    "a smear that looks forward": lambda: ("smear", smear_with(-1)),
+    "the mean of the sequence": lambda: ("GPT.finish", finish_with_mean),
+}
+
+
+def patch_trainer(monkeypatch, name, replacement) -> None:
+    monkeypatch.setattr(f"train_gpt_medium.{name}", replacement)
+
+
+@pytest.mark.parametrize("fault", FROM_THE_FUTURE)
+def test_later_tokens_in_sight_are_caught(model, ids, monkeypatch, fault):
+    patch_trainer(monkeypatch, *FROM_THE_FUTURE[fault]())
+    outcome = audit.check_suffixes(model, ids, [2])
+    assert outcome.passed is False and "reach earlier logits" in outcome.numbers
+
+
+def test_a_leak_in_one_window_is_caught(model, ids, fewer_changes, monkeypatch):
+    original = tgm.block_masks
+    leaky = with_mask(lambda q, k: k == q + 1)
+    patch_trainer(monkeypatch, "block_masks", lambda ids, w, doc: (leaky if w == 4 else original)(ids, w, doc))
+    assert audit.check_suffixes(model, ids, [1, 2]).passed
+    assert "window 4" in audit.check_suffixes(model, ids, [1, 2, 4]).numbers
+
+
+def test_a_model_that_no_token_moves_is_no_proof(model, ids, fewer_changes):
+    with torch.no_grad():
+        model.lm_head.zero_()
+    outcome = audit.check_suffixes(model, ids, [2])
+    assert outcome.passed is False and "do not reach their own logits" in outcome.numbers
+    with torch.no_grad():
+        model.backout_lambdas.zero_()
+    outcome = audit.check_documents(model, ids, [2])
+    assert outcome.passed is False and "change nothing at all" in outcome.numbers
+
+
+ACROSS_DOCUMENTS = {
+    "attention": lambda: ("block_masks", with_mask(lambda q, k: q >= k)),
+    "attention of a first token": lambda: ("dense_mask", with_pair(200, 199)),
+    "attention to a whole earlier block": lambda: ("dense_mask", with_pair(300, 10)),
+    "a smear that looks back by two": lambda: ("smear", smear_with(1, 2)),
+}
+
+
+@pytest.mark.parametrize("fault", ACROSS_DOCUMENTS)
+def test_earlier_documents_in_sight_are_caught(model, ids, monkeypatch, fault):
+    smear_lambda = model.smear_lambda.clone()
+    patch_trainer(monkeypatch, *ACROSS_DOCUMENTS[fault]())
+    outcome = audit.check_documents(model, ids, [2])
+    assert outcome.passed is False and "reach into it" in outcome.numbers
+    assert torch.equal(model.smear_lambda, smear_lambda) and smear_lambda != 0
+
+
+def test_without_smear_mtp_not_even_a_first_token_looks_back(ids, monkeypatch):
+    model = tgm.GPT(small_config(smear_mtp=False, dtype=torch.float32))
+    randomise(model)
+    outcome = audit.check_documents(model, ids, [2])
+    assert outcome.passed and "but 0 first tokens'" in outcome.numbers
+    patch_trainer(monkeypatch, "GPT.finish", lambda self, x, middle: tgm.smear(
+        original_finish(self, x, middle), torch.tensor(0.1)))
+    outcome = audit.check_documents(model, ids, [2])
+    assert outcome.passed is False and "0 latents after the first, 1 without" in outcome.numbers
+
+
+# ---- losses that are none
+
+def loss_of(z, z_target, softcap):
+    capped, target = (x.float() * softcap * torch.rsqrt(x.float() ** 2 + softcap ** 2) for x in (z, z_target))
+    return capped.logsumexp(-1) - target
+
+
+NOT_NORMALISED = {
+    "padded rows missing": lambda z, z_target, softcap: loss_of(z[:, :257], z_target, softcap),
+    "one row missing": lambda z, z_target, softcap: loss_of(z[:, :-1], z_target, softcap),
+    "target not capped": lambda z, z_target, softcap: loss_of(z, z_target, softcap) + loss_of(
+        z_target[:, None], torch.zeros(len(z)), softcap) - z_target,
+    "a thousandth too low": lambda z, z_target, softcap: loss_of(z, z_target, softcap) - 1e-3,
+}
+
+
+@pytest.mark.parametrize("fault", NOT_NORMALISED)
+def test_a_loss_that_is_not_normalised_is_caught(model, ids, monkeypatch, fault):
+    patch_trainer(monkeypatch, "cross_entropy", lambda z, targets, softcap, with_grad: NOT_NORMALISED[fault](
+        z, z.gather(1, targets[:, None])[:, 0], softcap))
+    assert audit.check_probabilities(model, ids, 2).passed is False
+
+
+def test_padded_rows_count_even_where_training_has_silenced_them(model, ids, monkeypatch):
+    """Their probability under a latent is below the tolerance then; under logits of zero it is not."""
+    with torch.no_grad():
+        latents = model.latents(ids, tgm.as_window(2, torch.device("cpu")))
+        model.lm_head[257:] = -1e4 * latents[[256, -1]].sum(0)
+    assert audit.check_probabilities(model, ids, 2).passed
+    patch_trainer(monkeypatch, "cross_entropy", lambda z, targets, softcap, with_grad: loss_of(
+        z[:, :257], z.gather(1, targets[:, None])[:, 0], softcap))
+    outcome = audit.check_probabilities(model, ids, 2)
+    assert outcome.passed is False and "1.4941634: " in outcome.numbers  # 384 / 257
+
+
+def test_targets_in_pieces_are_all_targets(model, ids, monkeypatch):
+    whole = audit.check_probabilities(model, ids, 2)
+    monkeypatch.setattr(audit, "TARGETS_AT_ONCE", 100 * 384)
+    assert audit.check_probabilities(model, ids, 2) == whole
+
+
+# ---- validations of something else
+
+def test_the_records_constants(tmp_path):
+    """The first 10,485,760 targets of a shard that holds more, in 40 sequences."""
+    config, path = tgm.Config(), tmp_path / "fineweb_val_000000.bin"
+    tokens = np.random.default_rng(0).integers(50257, size=config.val_tokens + 5000, dtype=np.uint16)
+    path.write_bytes(struct.pack("<256i", 20240520, 1, len(tokens), *[0] * 253) + tokens.tobytes())
+    outcome = audit.check_validation(config, tgm.open_shard(path, config), config.num_iterations)
+    assert outcome.passed and "targets 1 to 10,485,760 of fineweb_val_000000.bin, each once" in outcome.numbers
+
+
+split_slices, evaluate, read = tgm.split_slices, tgm.evaluate, tgm.Shard.read
+OTHER_VALIDATIONS = {
+    "a piece skipped": (("split_slices", lambda *args: tuple(x[:-1] for x in split_slices(*args))), "1 of 4 pieces"),
+    "a piece repeated": (("split_slices", lambda *args: tuple(x[[0, 1, 2, 3, 3]] for x in split_slices(*args))),
+                         "0 of 4 pieces are not fed, 1 twice"),
+    "the ranks share rank 0's pieces": (("evaluate", lambda model, shard, step, world: evaluate(
+        model, shard, step, world._replace(rank=0))), "2 ranks: 2 of 4 pieces are not fed, 2 twice"),
+    "targets not shifted": (("split_slices", lambda tokens, n: (tokens[:-1].view(-1, n),) * 2), "4 of 4 pieces"),
+    "from the second token on": (("Shard.read", lambda self, count, vocab_size: read(self, count, vocab_size)[
+        [*range(1, count), 0]]), "4 of 4 pieces"),
+    "other pieces": (("split_slices", lambda tokens, n: split_slices(tokens, n // 2)), "4 of 4 pieces"),
+    "another mean": (("evaluate", lambda *args: evaluate(*args) * (1 - 1e-9)), "0.999999999 times the mean"),
+}
+
+
+@pytest.mark.parametrize("fault", OTHER_VALIDATIONS)
+def test_a_validation_of_other_targets_is_caught(run, shard, monkeypatch, fault):
+    replacement, sentence = OTHER_VALIDATIONS[fault]
+    patch_trainer(monkeypatch, *replacement)
+    outcome = audit.check_validation(run[0], shard, 8)
+    assert outcome.passed is False and sentence in outcome.numbers
+
+
+# ---- warm-ups that leave a trace
+
+def nothing(*_, **__) -> None:
+    pass
+
+
+def also(leave):
+    """`warm_up` that ends with `leave(model)`."""
+    def warm_up(model, *rest):
+        original(model, *rest)
+        leave(model)
+    original = tgm.warm_up
+    return warm_up
+
+
+def leave_gradient(model) -> None:
+    model.lm_head.grad = torch.zeros_like(model.lm_head)
+
+
+TRACES = {
+    "parameters": ("GPT.load_state_dict", lambda: nothing, "parameters/"),
+    "AdamW": ("torch.optim.AdamW.load_state_dict", lambda: nothing, "optimizer/adamw/"),
+    "Muon": ("Muon.load_state_dict", lambda: nothing, "optimizer/muon/"),
+    "Snoo": ("Snoo.load_state_dict", lambda: nothing, "optimizer/snoo/"),
+    "gradient": ("warm_up", lambda: also(leave_gradient), "(gradients/lm_head)"),
+    "torch's generator": ("warm_up", lambda: also(lambda model: torch.rand(1)), "(torch's random state)"),
+    "numpy's generator": ("warm_up", lambda: also(lambda model: np.random.rand()), "(numpy's random state)"),
+    "Python's generator": ("warm_up", lambda: also(lambda model: random.random()), "(Python's random state)"),
+}
+
+
+@pytest.mark.parametrize("forgotten", TRACES)
+def test_a_warm_up_that_leaves_a_trace_is_caught(model, monkeypatch, forgotten):
+    name, make, sentence = TRACES[forgotten]
+    patch_trainer(monkeypatch, name, make())
+    outcome = audit.check_warm_up(model, ALONE)
+    assert outcome.passed is False and sentence in outcome.numbers

@@ -1,0 +1,259 @@
+"""records/check.py: every rule has a folder that keeps it and one that breaks it alone."""
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import check
+import records
+import synthetic_logs as logs
+from helpers import RECORDS, TRAINER
+from run_log import RecordError
+
+LIMITS = check.Limits()
+
+
+@pytest.fixture(scope="module")
+def sound_record(tmp_path_factory):
+    return logs.write_record(tmp_path_factory.mktemp("records") / "sound")
+
+
+@pytest.fixture
+def record(sound_record, tmp_path):
+    return Path(shutil.copytree(sound_record, tmp_path / "record"))
+
+
+def broken_rules(path: Path) -> dict[str, list[str]]:
+    return {f.rule.id: f.messages for f in check.apply_rules(check.read_folder(path), LIMITS) if f.status == "broken"}
+
+
+def rewrite(record: Path, **changes) -> None:
+    """All of the record's and the baseline's logs anew, and the README and script that go with them."""
+    shutil.rmtree(record)
+    logs.write_record(record, logs.record_specs(**changes), logs.baseline_specs(**changes))
+
+
+def with_losses(record: Path, losses) -> None:
+    shutil.rmtree(record)
+    logs.write_record(record, logs.record_specs(losses))
+
+
+def replace_in(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert text.count(old) >= 1
+    path.write_text(text.replace(old, new))
+
+
+def first_log(record: Path) -> Path:
+    return record / f"{logs.Spec().run_id}.txt"
+
+
+def readme_row(record: Path) -> str:
+    """The table row of the first run."""
+    return next(line for line in (record / "README.md").read_text().splitlines() if line.startswith("| 1 |")) + "\n"
+
+
+def add_source(line: str):
+    return lambda record: rewrite(record, source=logs.SOURCE + line + "\n")
+
+
+SPEC, FIRST, BASELINE = logs.Spec(), logs.record_specs()[0], logs.baseline_specs()
+RESUMED = "\nresumed from checkpoints/0a1b/step_000100: not eligible as a timed record"
+SPREAD = [2.9185 + 0.003 * x for x in (1, -1, 1.1, -1.1, 0.9, -0.9, 1.2, -1.2)]
+SMALL_MARGIN = [loss + 0.0007 for loss in logs.LOSSES]
+BREAKS = [
+    ("readme", lambda record: (record / "README.md").write_text("\n")),
+    ("readable", lambda record: (record / "a.log").write_bytes(b"\x7fELF\0\0")),
+    ("finished", lambda record: logs.write_log(record / "baseline", replace(BASELINE[0], last_step=60))),
+    ("finished", lambda record: logs.write_log(record / "baseline", replace(BASELINE[0], loss=float("nan")))),
+    ("all-counted", lambda record: logs.write_log(record / "failed", replace(SPEC, loss=2.9222, seed=50))),
+    ("unique", lambda record: shutil.copy(next((record / "baseline").iterdir()), record / "baseline" / "again.txt")),
+    ("seeds", lambda record: logs.write_log(record, replace(
+        logs.record_specs()[1], constants="seed drawn or given: 0"))),
+    ("target-t", lambda record: with_losses(record, SPREAD)),
+    ("n-needed", lambda record: with_losses(record, SMALL_MARGIN)),
+    ("readme-has-runs", lambda record: replace_in(record / "README.md", readme_row(record), "")),
+    ("readme-has-runs", lambda record: (record / "README.md").write_text(
+        (record / "README.md").read_text().split("All 8")[0] + ", ".join(f"{loss:.6f}" for loss in logs.LOSSES))),
+    ("readme-from-logs", lambda record: replace_in(record / "README.md", "| 1 |", "| 0 | 2.918111 | 48.2 |\n| 1 |")),
+    ("readme-from-logs", lambda record: replace_in(record / "README.md", "All 8 runs.", "All 30 runs.")),
+    ("readme-from-logs", lambda record: replace_in(record / "README.md", "All 8", "p = 0.0004. All 8")),
+    ("readme-prose", lambda record: replace_in(record / "README.md", "All 8", "Once it reached 2.918111. All 8")),
+    ("readme-prose", lambda record: replace_in(record / "README.md", "All 8", "Once it took 47.9 s. All 8")),
+    ("one-source", lambda record: logs.write_log(record, replace(FIRST, source=logs.SOURCE + "x = 1\n"))),
+    ("one-source", lambda record: logs.write_log(record, replace(
+        FIRST, constants="seed drawn or given: 0\nmuon_lr = 0.02"))),
+    ("one-step-count", lambda record: [logs.write_log(record / "baseline", replace(
+        spec, source="import torch\nval_tokens = 10485760", num_iterations=210 + spec.seed % 2)) for spec in BASELINE]),
+    ("source-complete", add_source("from triton_kernels import XXT, ba_plus_cAA")),
+    ("source-complete", add_source("import my_kernels as kernels")),
+    ("scripts", lambda record: replace_in(record / "train.py", "num_iterations = 200", "num_iterations = 199")),
+    ("compile-flags", add_source("torch._inductor.config.max_autotune = True")),
+    ("compile-flags", add_source('f = torch.compile(g, mode="max-autotune")')),
+    ("val-tokens", lambda record: rewrite(record, source=logs.SOURCE.replace("10485760", "10485760 // 2"))),
+    ("val-tokens", lambda record: rewrite(record, source=logs.SOURCE.replace("10485760", "20 * 262144"))),
+    ("data", lambda record: logs.write_log(record, replace(
+        FIRST, constants="seed drawn or given: 0\ntraining shards: a to b (SYNTHETIC tokens)"))),
+    ("gpus", lambda record: rewrite(record, gpus=SPEC.gpus[:7])),
+    ("gpus", lambda record: rewrite(record, gpus=(*SPEC.gpus[:7], "NVIDIA H200"))),
+    ("one-environment", lambda record: logs.write_log(record, replace(FIRST, driver="570.1"))),
+    ("times", lambda record: replace_in(first_log(record), "step:100/200 train_time:", "step:100/200 train_time:9")),
+    ("times", lambda record: replace_in(first_log(record), "ms step_avg:24", "ms step_avg:23")),
+    ("times", lambda record: first_log(record).write_text("".join(
+        line for line in first_log(record).read_text().splitlines(True) if not line.startswith("step:77/")))),
+    ("resumed", lambda record: logs.write_log(record, replace(FIRST, constants=FIRST.constants + RESUMED))),
+    ("resumed", lambda record: logs.write_log(record / "baseline", replace(
+        BASELINE[0], constants=BASELINE[0].constants + RESUMED))),
+    *(("resumed", lambda record, line=line: [logs.write_log(record, replace(spec, constants=spec.constants + line))
+                                             for spec in logs.record_specs()])
+      for line in ("\ncheckpoint_every = 125", "\ncheckpoint_minutes = 0.5")),
+    ("baseline", lambda record: shutil.rmtree(record / "baseline")),
+    ("baseline", lambda record: [logs.write_log(record / "baseline", spec)
+                                 for spec in logs.baseline_specs(torch="2.9.0+cu126")]),
+]
+
+
+def test_a_sound_record_keeps_every_rule(sound_record):
+    findings = check.apply_rules(check.read_folder(sound_record), LIMITS)
+    assert {f.rule.id: f.status for f in findings} == {rule.id: "ok" for rule in check.RULES}
+    assert check.verdict_of(check.read_folder(sound_record), findings) == "holds: every rule is kept"
+
+
+@pytest.mark.parametrize("rule, break_it", BREAKS, ids=[f"{i}-{rule}" for i, (rule, _) in enumerate(BREAKS)])
+def test_a_rule_is_broken_alone(record, rule, break_it):
+    break_it(record)
+    assert set(broken_rules(record)) == {rule}
+    severity = next(r.severity for r in check.RULES if r.id == rule)
+    assert check.check(record, LIMITS, as_json=False) == (severity == "error")
+
+
+def test_z_test_is_broken_with_too_few_runs_alone(record):
+    """Runs that agree by luck pass the t-test; a z-test that fails implies that more runs are needed."""
+    with_losses(record, (2.919900, 2.919901))
+    assert set(broken_rules(record)) == {"target-z", "n-needed"}
+
+
+def test_every_rule_has_a_folder_that_breaks_it():
+    assert {rule for rule, _ in BREAKS} | {"target-z"} == {rule.id for rule in check.RULES}
+
+
+def test_the_readme_lists_the_rules_and_shows_real_output(capsys):
+    text = (RECORDS / "README.md").read_text()
+    for rule in check.RULES:
+        assert f"| {rule.id} | {rule.severity} | {rule.why} | {rule.origin} |" in text
+    for command in (["check", "records/2025-11-02_SmearMTP"], ["power", "--margin", "0.0005", "0.0007", "-n", "5"]):
+        records.main([part.replace("records/", f"{RECORDS}/") for part in command])
+        shown = capsys.readouterr().out.replace(f"{RECORDS}/", "records/").split("\n\nok:")[0].strip()
+        assert f"$ python records/records.py {' '.join(command)}\n{shown}\n" in text
+
+
+@pytest.mark.parametrize("command", ["", "check", "compare", "follow", "plot", "power", "campaign", "new"])
+def test_every_command_has_help(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        records.main([*command.split(), "--help"])
+    assert stop.value.code == 0 and "usage:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mean, advice", [(3.2790, "--target 3.28"), (2.9300, "above 2.92")])
+def test_a_mean_above_the_target_is_an_error(record, mean, advice):
+    with_losses(record, [mean + 0.0001, mean - 0.0001])
+    assert advice in broken_rules(record)["target-t"][0]
+
+
+def test_one_run_is_no_test(record):
+    with_losses(record, [2.9175])
+    assert "one run" in broken_rules(record)["target-t"][0]
+
+
+def test_several_sources_in_a_log_and_names_defined_there_count(record):
+    """A module may be pasted under its file name, or its definitions alone."""
+    rewrite(record, source=logs.SOURCE + "from triton_kernels import XXT\nfrom extra import (a, # first\n b as c)\n"
+            + "-" * 40 + "\n# triton_kernels.py\n" + "-" * 40 + "\nimport triton\n\ndef a(): pass\nb = 3\n")
+    assert broken_rules(record) == {}
+
+
+def test_unfinished_runs_have_their_own_verdict(tmp_path):
+    logs.write_log(tmp_path, replace(SPEC, last_step=60))
+    folder = check.read_folder(tmp_path)
+    assert check.verdict_of(folder, check.apply_rules(folder, LIMITS)).startswith("unfinished")
+    assert check.check(tmp_path, LIMITS, as_json=False) == 1
+
+
+def test_a_log_cut_anywhere_is_of_an_unfinished_run(tmp_path, capsys):
+    """In its head, between lines, within any of them, and within the last validation, whose loss would be another."""
+    text = logs.log_text(replace(SPEC, num_iterations=20, val_every=5))
+    head, end = text.index("step:0/"), text.index("peak memory")
+    for cut in (0, 1, len(SPEC.source) // 2, text.index("Running Python"), *range(head - 1, end, 7), end - 1):
+        (tmp_path / f"{SPEC.run_id}.txt").write_text(text[:cut])
+        assert check.check(tmp_path, LIMITS, as_json=False) == 1
+        shown = capsys.readouterr().out
+        assert ": unfinished: no run of the record has a final loss\n" in shown, cut
+        assert (" of 20" if cut > text.index("step:1/") else "") in shown
+    (tmp_path / f"{SPEC.run_id}.txt").write_text(text[:end])
+    assert not broken_rules(tmp_path).keys() & {"finished", "readable"}
+
+
+def test_crashed_and_resumed_runs_may_be_kept(record):
+    logs.write_log(record / "failed", replace(SPEC, seed=60, last_step=60))
+    logs.write_log(record / "failed", replace(SPEC, seed=61, constants=SPEC.constants + RESUMED))
+    assert broken_rules(record) == {}
+
+
+def test_logs_in_folders_of_any_name_are_the_records(record):
+    (record / "results").mkdir()
+    for path in record.glob("*.txt"):
+        path.rename(record / "results" / path.name)
+    assert broken_rules(record) == {}
+
+
+def test_figures_only(capsys):
+    assert records.main(["check", str(RECORDS / "2025-11-02_SmearMTP"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["verdict"] == "figures only, cannot be verified"
+    assert report["statistics"]["n"] == 26 and report["statistics"]["t_p"] < 0.01
+    status = {rule["id"]: rule["status"] for rule in report["rules"]}
+    assert "broken" not in status.values() and status["target-t"] == "ok" and status["times"] == "not applicable"
+
+
+def test_figures_that_contradict_each_other(tmp_path):
+    folder = Path(shutil.copytree(RECORDS / "2025-11-02_SmearMTP", tmp_path / "figures"))
+    replace_in(folder / "README.md", "| 2.919393 |", "| 2.918393 |")
+    assert set(broken_rules(folder)) == {"readme-has-runs", "readme-from-logs"}
+
+
+@pytest.mark.parametrize("text", [
+    "```python\naccs = [2.9195, 2.9188, 2.9191,\n        2.9192]\n```\n",
+    "| run | loss |\n| --- | --- |\n| 1 | 2.9195 |\n| 2 | 2.9188 |\n| 3 | 2.9191 |\n"
+    "| 4 | 2.9192 |\n| mean | 2.91915 |\n"])
+def test_figures_in_a_readme_alone(tmp_path, text):
+    (tmp_path / "README.md").write_text("# A record\n\n" + text)
+    folder = check.read_folder(tmp_path)
+    assert [run.final_loss for run in folder.record] == [2.9195, 2.9188, 2.9191, 2.9192]
+    findings = check.apply_rules(folder, LIMITS)
+    assert check.verdict_of(folder, findings).startswith("figures only")
+
+
+def test_an_empty_folder_is_no_record(tmp_path, capsys):
+    assert records.main(["check", str(tmp_path)]) == 1
+    assert "nothing to judge" in capsys.readouterr().out
+    with pytest.raises(RecordError, match="is not a folder"):
+        check.read_folder(tmp_path / "none")
+
+
+def test_json_is_strict_and_complete(sound_record, capsys):
+    assert records.main(["check", str(sound_record), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
+    assert [rule["id"] for rule in report["rules"]] == [rule.id for rule in check.RULES]
+    assert all(rule["why"] and rule["origin"] and rule["severity"] in ("error", "warning", "note")
+               for rule in report["rules"])
+
+
+def test_logs_that_hold_the_trainer_s_own_source_keep_every_rule(record):
+    trainer = TRAINER.read_text().replace("{", "{{").replace("}", "}}")
+    previous = trainer.replace("SMEAR_MTP = True", "SMEAR_MTP = False")
+    assert previous != trainer
+    shutil.rmtree(record)
+    logs.write_record(record, logs.record_specs(source=trainer), logs.baseline_specs(source=previous))
+    assert broken_rules(record) == {}

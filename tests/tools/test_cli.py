@@ -1,0 +1,134 @@
+"""What a user types: run.sh, the trainer and torchrun, as subprocesses."""
+import math
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from helpers import ROOT, TRAINER, environment, random_ids, small_config, write_shard
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+
+
+def run(*command, cwd=ROOT, timeout=600, **changes) -> subprocess.CompletedProcess:
+    return subprocess.run([str(part) for part in command], cwd=cwd, env=environment(**changes), text=True,
+                          capture_output=True, timeout=timeout)
+
+
+def unigram_entropy(path) -> float:
+    """Nats per token of the ids that `tiny` validates on, from their own frequencies."""
+    counts = np.bincount(np.fromfile(path, dtype="<u2", offset=1024)[:2 ** 14 + 1])
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * np.log(p)).sum())
+
+
+def test_run_sh_trains_tiny_on_real_text(tmp_path):
+    """As a new user would: the shards are made, the model learns, the summary says what happened.
+
+    32 steps, edited where users edit constants, go well below what the ids' frequencies alone allow: 2.88, not 3.23.
+    """
+    copy = tmp_path / "clone"
+    copy.mkdir()
+    for name in ("run.sh", "requirements.txt"):
+        (copy / name).write_bytes((ROOT / name).read_bytes())
+    source = TRAINER.read_text().replace("num_iterations=64,", "num_iterations=32,")
+    (copy / TRAINER.name).write_text(source)
+    (copy / "data" / "preflight").mkdir(parents=True)
+    for path in (ROOT / "data").rglob("*.py"):
+        (copy / path.relative_to(ROOT)).write_bytes(path.read_bytes())
+    done = run("bash", "run.sh", cwd=copy, timeout=1800)
+    assert done.returncode == 0, done.stderr
+    losses = [float(loss) for loss in re.findall(r"^step:\d+/32 val_loss:(\S+)", done.stdout, re.M)]
+    assert losses[0] == pytest.approx(math.log(384), abs=1e-4)
+    assert losses[-1] < unigram_entropy(copy / "data" / "text" / "text_val_000000.bin") - 0.3
+    assert f"validation loss {losses[0]:.6f} before, {losses[-1]:.6f} after" in done.stdout
+    log = copy / re.search(r"^Log, .*: (logs/\S+)$", done.stdout, re.M)[1]
+    assert log.read_text().startswith(source)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+@pytest.mark.parametrize("preset", ["medium", "short"])
+def test_big_presets_are_refused_on_a_cpu(preset):
+    for command in ((sys.executable, TRAINER, preset), ("bash", "run.sh", preset)):
+        done = run(*command)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1
+        assert f"preset {preset} needs a CUDA GPU" in done.stderr and "tiny" in done.stderr
+
+
+@pytest.mark.parametrize("shard, fault, word", [
+    ("train", "missing", "text_train_000001.bin is missing"), ("train", "empty", "not a version 1"),
+    ("train", "magic", "not a version 1"), ("train", "short", "is damaged"),
+    ("train", "vocabulary", "vocabulary of 50257"),
+    ("train", "few", "need 2 training shards"), ("val", "short", "is damaged"), ("val", "missing", "cannot be read")])
+def test_bad_shards_end_in_one_sentence(tmp_path, shard, fault, word):
+    config = small_config()
+    paths = {"train": tmp_path / "text_train_000001.bin", "val": tmp_path / "text_val_000000.bin"}
+    batches = 40 if fault == "few" else 64
+    write_shard(paths["train"], random_ids(batches * 4096 + 1, config))
+    write_shard(paths["val"], random_ids(2 ** 14 + 1, config))
+    path = paths[shard]
+    if fault == "missing":
+        path.unlink()
+        if shard == "train":
+            path.with_name("text_train_000002.bin").touch()
+    elif fault == "empty":
+        path.write_bytes(b"")
+    elif fault == "magic":
+        path.write_bytes(b"\0" + path.read_bytes()[1:])
+    elif fault == "short":
+        path.write_bytes(path.read_bytes()[:-2])
+    elif fault == "vocabulary":
+        write_shard(path, [1] * 300_000, 50257, 50256)
+    done = run(sys.executable, TRAINER, "tiny", cwd=tmp_path, DATA_PATH=str(tmp_path))
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: ") and word in done.stderr
+    assert not (tmp_path / "logs").exists()
+
+
+def test_three_processes_are_refused(tmp_path):
+    ranks = dict(WORLD_SIZE="3", RANK="0", LOCAL_RANK="0", LOCAL_WORLD_SIZE="3")
+    done = run(sys.executable, TRAINER, "tiny", cwd=tmp_path, **ranks)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "3 processes cannot share 8 pieces" in done.stderr
+    done = run(*TORCHRUN, "--nproc_per_node=3", TRAINER, "tiny", cwd=tmp_path)
+    assert done.returncode != 0 and "3 processes cannot share 8 pieces" in done.stderr
+
+
+def test_torchrun_starts_two_processes(tmp_path):
+    """The real launcher over the trainer's own guard, with the preset cut to two steps."""
+    source = TRAINER.read_text().replace('Config(preset="tiny", ', 'Config(preset="tiny", seed=3, ').replace(
+        "num_iterations=64,", "num_iterations=2,")
+    (tmp_path / "train.py").write_text(source)
+    write_shard(tmp_path / "data" / "text" / "text_train_000001.bin", random_ids(2 * 4096 + 1, small_config()))
+    write_shard(tmp_path / "data" / "text" / "text_val_000000.bin", random_ids(2 ** 14 + 1, small_config()))
+    done = run(*TORCHRUN, "--nproc_per_node=2", "train.py", "tiny", cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    (log,) = (tmp_path / "logs").iterdir()  # one log: rank 0 alone writes
+    text = log.read_text()
+    assert text.startswith(source) and "on 2 x CPU process" in text
+    assert len(re.findall(r"^step:\d+/2 val_loss", text, re.M)) == 2
+
+
+def test_help_and_unknown_presets():
+    done = run("bash", "run.sh", "--help")
+    assert done.returncode == 0 and done.stdout.startswith("usage: ./run.sh [medium|short|tiny]")
+    done = run("bash", "run.sh", "huge")
+    assert done.returncode == 1 and "'huge' is not a preset" in done.stderr
+    done = run(sys.executable, TRAINER, "huge")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "choose one of medium, short, tiny" in done.stderr
+
+
+def test_an_active_environment_that_satisfies_the_requirements_is_used():
+    done = run("bash", "run.sh", "--python")
+    assert done.returncode == 0, done.stderr
+    assert os.path.realpath(done.stdout.strip()) == os.path.realpath(sys.executable)
+
+
+def test_a_script_that_is_not_there_is_refused_at_once():
+    done = run("bash", "run.sh", "tiny", TRAIN_SCRIPT="nowhere.py")
+    assert done.returncode != 0 and not done.stdout
+    assert done.stderr.strip() == "run.sh: TRAIN_SCRIPT names nowhere.py, which does not exist: name a training script."

@@ -1,0 +1,176 @@
+"""records/run_log.py: the logs of two years are read, and damaged ones end in one sentence."""
+import math
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import records
+import synthetic_logs as logs
+from run_log import RecordError, find_logs, parse_number, read_log, split_sections
+
+SPEC = logs.Spec(loss=2.918765, seed=7)
+# As the project's scripts wrote it in the autumn of 2024: = first, nan before the clock's reset at step 10.
+LINES_OF_2024 = ["step:0/20 val_loss:10.8258 train_time:228ms step_avg:nanms"]
+LINES_OF_2024 += [f"step:{i}/20 train_loss:9.1234 train_time:{300 * i}ms step_avg:nanms" for i in range(1, 11)]
+LINES_OF_2024 += [f"step:{i + 10}/20 train_loss:8.4321 train_time:{150 * i}ms step_avg:150.00ms" for i in range(1, 11)]
+LINES_OF_2024 += ["step:20/20 val_loss:3.2781 train_time:1500ms step_avg:150.00ms"]
+LOG_OF_2024 = "\n".join([
+    "=" * 100, "import torch", "val_tokens : int = 10485760 # how many tokens", "=" * 100,
+    "Running pytorch 2.6.0.dev20241203+cu124 compiled for CUDA 12.4", "nvidia-smi:",
+    "| NVIDIA-SMI 550.54.15    Driver Version: 550.54.15    CUDA Version: 12.4     |",
+    *(f"|   {i}  NVIDIA H100 80GB HBM3          On  | 00000000:19:00.0 Off |          0 |" for i in range(8)),
+    "=" * 100, *LINES_OF_2024]) + "\n"
+OUR_TAIL = """Running Python 3.11.7 (main, Jan  8 2024) [GCC 12.2.0]
+Running PyTorch 2.13.0+cpu compiled for CUDA None
+on 2 x CPU process
+no nvidia-smi on this machine
+num_iterations = 4
+max_window = 512
+val_tokens = 16384
+seed = None
+seed drawn or given: 3141592653
+training shards: data/text/text_train_000001.bin to data/text/text_train_000001.bin
+"""
+
+
+def test_a_log_as_it_was_written(tmp_path):
+    run = read_log(logs.write_log(tmp_path, SPEC))
+    assert run.finished and run.num_iterations == 200 and run.final_loss == 2.918765
+    assert run.source == SPEC.source.format(num_iterations=200).strip("\n")
+    assert run.environment.gpus == SPEC.gpus and run.environment.hardware == "8x H100 80GB HBM3"
+    assert (run.environment.torch, run.environment.cuda, run.environment.driver, run.environment.python) == (
+        SPEC.torch, "12.6", "550.127.05", "3.12.7")
+    assert [v.step for v in run.validations] == list(range(0, 201, 25)) and len(run.step_ms) == 200
+    assert run.validations[-1].extras == {"smear_lambda": 0.0078, "backout_lambda_0": 0.8, "backout_lambda_1": -0.3}
+    assert run.peak_memory_mib == 38000 and run.constants["drawn seed"] == "7"
+
+
+def test_four_decimals_and_no_extra_fields(tmp_path):
+    run = read_log(logs.write_log(tmp_path, replace(SPEC, decimals=4, smear_lambda=None)))
+    assert run.final_loss == 2.9188 and run.validations[-1].extras == {}
+
+
+def test_windows_and_durations(tmp_path):
+    run = read_log(logs.write_log(tmp_path, SPEC))
+    windows = logs.window_blocks(SPEC)
+    assert (run.window_blocks() == windows).all()
+    durations = run.step_durations()
+    assert durations.sum() == pytest.approx(run.validations[-1].train_ms, abs=1e-6)
+    # Whole milliseconds: each end is off by half a unit at most; a jitter of 0.2 ms, at most 5 deviations.
+    assert np.abs(durations - (SPEC.ms_per_step + SPEC.ms_per_block * windows)).max() <= 1 + 5 * 0.2
+
+
+def test_durations_without_step_lines_are_spread_evenly(tmp_path):
+    path = logs.write_log(tmp_path, SPEC)
+    path.write_text("\n".join(line for line in path.read_text().splitlines() if "/200 train_time" not in line))
+    run = read_log(path)
+    assert run.step_ms == []
+    assert (run.step_durations()[:25] == run.validations[1].train_ms / 25).all()
+
+
+def test_a_log_of_2024(tmp_path):
+    (tmp_path / "log.txt").write_text(LOG_OF_2024)
+    run = read_log(tmp_path / "log.txt")
+    assert run.finished and run.final_loss == 3.2781 and run.train_seconds == 1.5
+    assert "val_tokens : int = 10485760" in run.source and run.environment.torch == "2.6.0.dev20241203+cu124"
+    assert len(run.environment.gpus) == 8 and math.isnan(run.validations[0].step_avg_ms)
+    durations = run.step_durations()
+    assert np.isnan(durations[:10]).all() and (durations[10:] == 150).all()  # the clock starts after ten steps
+
+
+def test_our_own_log(tmp_path):
+    steps = [f"step:{i}/4 train_time:{10 * i}ms step_avg:10.00ms" for i in range(1, 5)]
+    final = "step:4/4 val_loss:2.7 train_time:40ms step_avg:10.00ms smear_lambda:0.25"
+    (tmp_path / "log.txt").write_text("\n".join(["import torch", "=" * 100, OUR_TAIL, "=" * 100, *steps, final,
+                                                 "peak memory: 1234 MiB resident"]))
+    run = read_log(tmp_path / "log.txt")
+    assert run.environment.gpus == ("CPU process",) * 2 and run.environment.torch == "2.13.0+cpu"
+    assert run.max_window == 512 and run.constants["val_tokens"] == "16384" and run.peak_memory_mib == 1234
+    assert run.window_blocks().tolist() == [1, 2, 2, 3]  # ceil(4 (4p^3 - 6p^2 + 3p)) for p = 0, 1/4, 1/2, 3/4
+
+
+def test_a_source_in_two_parts():
+    source, environment, rest = split_sections("\n".join(
+        ["a = 1", "=" * 100, "b = 2", "=" * 100, "Running Python 3.12.7", "=" * 100, "step:0/1 val_loss:1"]))
+    assert "a = 1" in source and "b = 2" in source and "3.12.7" in environment and rest.strip() == "step:0/1 val_loss:1"
+
+
+@pytest.mark.parametrize("text, value", [("228.43ms", 228.43), ("3.5s", 3500), ("2.92", 2.92), ("1e-3", 0.001),
+                                         ("-0.0046", -0.0046), ("tensor(1)", None), ("", None), ("1.2.3", None)])
+def test_numbers(text, value):
+    assert parse_number(text) == value
+
+
+def test_a_live_log_may_end_within_a_line(tmp_path):
+    text = logs.log_text(SPEC)
+    for cut in range(text.index("step:50/200 val_loss"), text.index("step:51/200")):
+        (tmp_path / "log.txt").write_text(text[:cut])
+        run = read_log(tmp_path / "log.txt")
+        assert not run.finished and run.last_step == 50
+
+
+DAMAGED = [
+    ("empty", b" \n", "is empty"),
+    ("binary", b"\x7fELF\x01\0\0\0", "is not a text file"),
+    ("no steps", "import torch\n" + "=" * 100 + "\nRunning Python 3.12\n", "no step lines"),
+    ("prose", "nothing of the kind\n", "no step lines"),
+    ("llm.c", "s:0 tel:10.9886\ns:1 trl:10.9\ns:125 tel:3.3\n", "llm.c"),
+    ("garbled", logs.log_text(SPEC).replace("step:60/200 train_time:", "step:60/200 tr#in"), "is damaged"),
+    ("not a number", logs.log_text(SPEC).replace("step:50/200 val_loss:", "step:50/200 val_loss:x"), "is damaged"),
+    ("two runs", logs.log_text(SPEC) * 2, "more than one run"),
+    ("two lengths", logs.log_text(SPEC).replace("step:199/200", "step:199/300"), "counts its steps"),
+    ("too long", logs.log_text(SPEC) + "step:201/200 train_time:9ms step_avg:1.00ms\n", "counts its steps"),
+]
+
+
+@pytest.mark.parametrize("content, word", [case[1:] for case in DAMAGED], ids=[case[0] for case in DAMAGED])
+def test_damage_ends_in_one_sentence(tmp_path, capsys, content, word):
+    path = tmp_path / "0123.log"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(RecordError, match=word) as error:
+        read_log(path)
+    assert str(path) in str(error.value)
+    for command in (["compare", path, path],):
+        assert records.main([str(part) for part in command]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.count("\n") == 1 and word in captured.err and captured.out == ""
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_truncated_logs_never_raise_anything_else(tmp_path, keep):
+    data = logs.log_text(SPEC).encode()
+    (tmp_path / "log.txt").write_bytes(data[:int(len(data) * keep)])
+    try:
+        assert not read_log(tmp_path / "log.txt").finished
+    except RecordError as error:
+        assert "no step lines" in str(error)
+
+
+def test_random_damage_never_raises_anything_else(tmp_path):
+    """Bytes replaced anywhere: a run, or a sentence."""
+    rng = np.random.default_rng(0)
+    data = bytearray(logs.log_text(logs.Spec(num_iterations=20, val_every=5)).encode())
+    for _ in range(300):
+        copy = bytearray(data)
+        for position in rng.integers(0, len(data), 10):
+            copy[position] = rng.integers(1, 256)
+        (tmp_path / "log.txt").write_bytes(copy)
+        try:
+            run = read_log(tmp_path / "log.txt")
+            run.step_durations()
+        except RecordError as error:
+            assert re.fullmatch(r"[^\n]+\.", str(error))
+
+
+def test_which_files_are_logs(tmp_path):
+    for name, content in (("requirements.txt", "torch"), ("notes.txt", "a text"), ("README.txt", "words"),
+                          ("sub/run.log", ""), ("a.txt", "step:0/1 val_loss:1"), ("train.py", "=" * 100),
+                          ("0a1b2c3d-0000-0000-0000-000000000000.txt", "cut")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert {path.name for path in find_logs(tmp_path)} == {
+        "run.log", "a.txt", "0a1b2c3d-0000-0000-0000-000000000000.txt"}
+    with pytest.raises(RecordError, match="does not exist"):
+        find_logs(tmp_path / "none")

@@ -1,0 +1,82 @@
+"""records/new.py: a folder made of logs keeps every rule, and the leaderboard is the tool's own."""
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import check
+import new
+import synthetic_logs as logs
+from helpers import RECORDS
+from run_log import RecordError
+
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture
+def records_folder(tmp_path):
+    folder = tmp_path / "records"
+    shutil.copytree(RECORDS / "2025-11-02_SmearMTP", folder / "2025-11-02_SmearMTP")
+    shutil.copy(RECORDS / "README.md", folder)
+    return folder
+
+
+def make(records_folder: Path, name: str = "Made-up", specs=None) -> int:
+    runs = records_folder.parent / "runs"
+    for spec in specs or logs.record_specs():
+        logs.write_log(runs / "new", spec)
+    for spec in logs.baseline_specs():
+        logs.write_log(runs / "old", spec)
+    return new.new(name, "2026-01-02", [runs / "new"], [runs / "old"], "A constant.", False, records_folder)
+
+
+def test_a_new_folder_keeps_every_rule(records_folder, capsys):
+    crashed = replace(logs.Spec(), seed=70, last_step=60)
+    assert make(records_folder, specs=[*logs.record_specs(), crashed]) == 0
+    folder = records_folder / "2026-01-02_Made-up"
+    findings = check.apply_rules(check.read_folder(folder), check.Limits())
+    assert {f.rule.id: f.status for f in findings} == {
+        rule.id: "not applicable" if rule.id == "scripts" else "ok" for rule in check.RULES}
+    assert len(list(folder.glob("*.txt"))) == 8 and len(list(folder.glob("baseline/*.txt"))) == 4
+    assert [path.stem for path in folder.glob("failed/*.txt")] == [crashed.run_id]
+    text = (folder / "README.md").read_text()
+    assert "## What changed\n\nA constant.\n" in text and "of which faster steps (s)" in text
+    for path in folder.glob("figures/*.png"):
+        assert f"(figures/{path.name})" in text
+    assert "holds: every rule is kept" in capsys.readouterr().out
+
+
+def test_the_leaderboard_gets_a_row_and_keeps_the_others(records_folder):
+    before = (records_folder / "README.md").read_text()
+    make(records_folder)
+    after = (records_folder / "README.md").read_text()
+    added = [line for line in after.splitlines() if line not in before.splitlines()]
+    assert len(added) == 1 and added[0].startswith("| 2026-01-02 | Made-up | 2.918519 +- 0.000551 | 48.1")
+    assert after.replace(added[0] + "\n", "") == before
+
+
+def test_the_leaderboard_of_this_repository_is_the_tools():
+    assert new.leaderboard(RECORDS) in (RECORDS / "README.md").read_text()
+
+
+@pytest.mark.parametrize("content, word", [
+    ("", "is empty"), (logs.log_text(replace(logs.Spec(), last_step=60)), "finished")])
+def test_nothing_is_left_behind_by_logs_that_will_not_do(records_folder, content, word):
+    before = sorted(records_folder.rglob("*"))
+    (records_folder.parent / "one.log").write_text(content)
+    with pytest.raises(RecordError, match=word):
+        new.new("X", "2026-01-02", [records_folder.parent / "one.log"], [], "-", False, records_folder)
+    assert sorted(records_folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name, date", [("a/b", "2026-01-02"), ("X", "today"), ("SmearMTP", "2025-11-02")])
+def test_names_that_will_not_do(records_folder, name, date):
+    with pytest.raises(RecordError, match="is no name|exists already"):
+        new.new(name, date, [], [], "-", False, records_folder)
+
+
+def test_a_log_given_twice_is_refused(records_folder):
+    log = logs.write_log(records_folder.parent, logs.Spec())
+    with pytest.raises(RecordError, match="counts once"):
+        new.new("X", "2026-01-02", [log, log], [], "-", False, records_folder)

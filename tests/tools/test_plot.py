@@ -1,0 +1,78 @@
+"""records/plot.py: figures of the README's width for every kind of source, and what they are drawn from."""
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import plot
+import records
+import synthetic_logs as logs
+from helpers import RECORDS
+from run_log import RecordError
+
+pytest.importorskip("matplotlib")
+
+
+def png_width(path: Path) -> int:
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    return struct.unpack(">I", data[16:20])[0]
+
+
+def test_figures_of_two_sets_of_logs(tmp_path, capsys):
+    record = logs.write_record(tmp_path / "record")
+    assert records.main(["plot", str(record / "baseline"), str(record), "--out", str(tmp_path / "png")]) == 0
+    names = ["loss", "step_time", "lambdas", "final_losses"]
+    assert capsys.readouterr().out.split() == [str(tmp_path / "png" / f"{name}.png") for name in names]
+    assert sorted(path.name for path in (tmp_path / "png").iterdir()) == sorted(f"{name}.png" for name in names)
+    assert {png_width(path) for path in (tmp_path / "png").iterdir()} == {1760}
+
+
+def test_committed_figures_are_those_of_the_published_data(tmp_path):
+    """Same data, same figures: names, sizes; pixels may differ between versions of a font."""
+    folder = RECORDS / "2025-11-02_SmearMTP"
+    written = plot.draw([folder], tmp_path)
+    assert {path.name for path in written} == {path.name for path in (folder / "figures").iterdir()}
+    for path in written:
+        assert path.read_bytes()[16:24] == (folder / "figures" / path.name).read_bytes()[16:24]
+
+
+def test_one_unadorned_log_gives_what_it_can(tmp_path):
+    path = logs.write_log(tmp_path, logs.Spec(smear_lambda=None))
+    assert [p.name for p in plot.draw([path], tmp_path)] == ["loss.png", "step_time.png", "final_losses.png"]
+
+
+def test_series_are_means_over_runs(tmp_path):
+    specs = [logs.Spec(loss=loss, seed=i, smear_lambda=0.004 * (i + 1)) for i, loss in enumerate((2.918, 2.920))]
+    for spec in specs:
+        logs.write_log(tmp_path, spec)
+    series, _ = plot.read_series(tmp_path)
+    assert series.losses[-1] == pytest.approx(2.919, abs=1e-6)
+    assert series.stds[-1] == pytest.approx(0.002 / 2 ** 0.5, abs=1e-6)
+    mean, sigma = series.extras["smear_lambda"]
+    assert (mean[-1], sigma[-1]) == pytest.approx((0.006, 0.004 / 2 ** 0.5), abs=1e-6)
+    steps, ms, _ = series.step_times
+    windows = logs.window_blocks(specs[0])
+    # Each window's mean is off by 1 ms of rounding and 5 deviations of jitter over its steps.
+    allowed = np.array([(1 + 5 * 0.2) / (windows == w).sum() ** 0.5 for w in windows])
+    assert (np.abs(ms - (220 + 1.5 * windows)) <= allowed).all()
+
+
+def test_published_curve_has_lambdas_and_step_times():
+    series, data = plot.read_series(RECORDS / "2025-11-02_SmearMTP")
+    assert set(series.extras) == {"smear_lambda", "backout_lambda_0", "backout_lambda_1"}
+    smear = series.extras["smear_lambda"][0]
+    assert smear[1] < 0 < 0.007 < smear[-1] < 0.009
+    steps, ms, _ = series.step_times
+    seconds = (np.diff(steps) * ms[:-1]).sum() / 1000
+    assert seconds == pytest.approx(np.mean([run.train_seconds for run in series.runs]), abs=0.001)
+
+
+def test_too_many_sets_and_folders_that_cannot_be_written(tmp_path):
+    path = logs.write_log(tmp_path, logs.Spec())
+    with pytest.raises(RecordError, match="6 at most"):
+        plot.draw([path] * 7, tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(RecordError, match="name another folder"):
+        plot.draw([path], tmp_path / "file")

@@ -1,0 +1,223 @@
+"""The look at the machine before a run: every subject's verdicts, with stand-ins for nvidia-smi and python."""
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+
+import memory
+import preflight
+import train_gpt_medium as tgm
+from helpers import ROOT, small_config, write_text_folder
+
+LOOK = "RUN data/preflight/preflight.py"
+H100 = preflight.Gpu("NVIDIA H100 80GB HBM3", 81559, 81000, "580.95.05", "9.0")
+
+
+def fake_nvidia_smi(folder, *lines: str) -> None:
+    folder.mkdir(exist_ok=True)
+    script = folder / "nvidia-smi"
+    script.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
+    script.chmod(0o755)
+
+
+def test_gpus_are_read_from_nvidia_smi(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    fake_nvidia_smi(tmp_path, *["NVIDIA H100 80GB HBM3, 81559, 81000, 580.95.05, 9.0"] * 5)
+    assert preflight.list_gpus() == [H100] * 5
+    assert preflight.ranks_on(preflight.list_gpus()) == 4
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
+    assert len(preflight.list_gpus()) == 2
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert preflight.list_gpus() == []
+
+
+def test_a_broken_or_missing_nvidia_smi_means_no_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert preflight.list_gpus() == []
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert preflight.list_gpus() == []
+
+
+def test_gpu_line():
+    assert preflight.check_gpus([H100] * 8, "medium").status == "ok"
+    assert preflight.check_gpus([], "tiny").status == "ok"
+    assert preflight.check_gpus([], "medium").status == "error"
+    line = preflight.check_gpus([H100, H100._replace(name="NVIDIA A100", capability="8.0")], "medium")
+    assert line.status == "warning" and "not all Hopper" in line.text
+
+
+@pytest.mark.parametrize("driver, cuda, status, words", [
+    ("580.95.05", "13.0", "ok", "580"), ("535.104.05", "12.6", "ok", "525"),
+    ("535.104.05", "13.0", "error", "update it to 580 or newer, or install a build of torch for CUDA 12.x"),
+    ("470.82.01", "12.6", "error", "build of torch for CUDA 11.x"), ("440.33.01", "12.6", "error", "no build of torch"),
+    ("580.95.05", None, "error", "CPU build")])
+def test_driver_line_says_which_build_fits(driver, cuda, status, words):
+    line = preflight.check_driver([H100._replace(driver=driver)], "2.13.0", cuda)
+    assert line.status == status and words in line.text
+
+
+def card(total_gib: int, free_gib: int | None = None) -> preflight.Gpu:
+    return H100._replace(total_mib=1024 * total_gib, free_mib=1024 * (total_gib if free_gib is None else free_gib))
+
+
+def memory_line(*gpus: preflight.Gpu, preset: str = "medium") -> tuple[str, str]:
+    line = preflight.check_memory(list(gpus), tgm.PRESETS[preset])
+    return line.status, line.text
+
+
+def test_memory_line_says_what_is_needed_and_what_is_free():
+    (eight_status, eight), (one_status, one) = memory_line(*[H100] * 8), memory_line(H100)
+    assert eight_status == one_status == "ok"
+    for text, config_ranks in ((eight, 8), (one, 1)):
+        gib = memory.estimate(tgm.Config(), config_ranks).needed(config_ranks) / 2**30
+        assert text == f"about {gib:.0f} GiB a GPU needed (estimated) with micro_seq_len 65,536, 79 GiB free at least"
+    assert memory_line(preset="tiny")[0] == "ok" and memory_line()[0] == "warning"
+
+
+def test_memory_line_where_others_hold_the_memory():
+    assert memory_line(*[H100] * 6, card(80, 20))[0] == "ok"  # only the first four are used
+    status, text = memory_line(H100, card(80, 20))
+    assert status == "error" and text.endswith("20 GiB free at least: end the other processes that nvidia-smi lists")
+
+
+@pytest.mark.parametrize("preset", ("medium", "short"))
+@pytest.mark.parametrize("gib, ranks", [(48, 1), (40, 1), (24, 1), (40, 8), (24, 8), (16, 8)])
+def test_memory_line_names_the_largest_micro_seq_len_that_fits(gib, ranks, preset):
+    status, text = memory_line(*[card(gib)] * ranks, preset=preset)
+    fitting = memory.largest_micro_seq_len(tgm.PRESETS[preset], ranks, gib * 2**30)
+    needed, too_much = (memory.estimate(tgm.replace(tgm.PRESETS[preset], micro_seq_len=n), ranks).needed(ranks) / 2**30
+                        for n in (fitting, 2 * fitting))
+    assert needed <= gib < too_much
+    assert status == "error" and text.endswith(f": set micro_seq_len to {fitting:,} at the top of train_gpt_medium.py: "
+                                               f"about {needed:.0f} GiB")
+
+
+def test_memory_line_where_a_shorter_piece_is_not_enough():
+    status, text = memory_line(card(24, 4))
+    assert status == "error" and "end the other processes that nvidia-smi lists and set micro_seq_len to" in text
+    status, text = memory_line(card(8))
+    assert status == "error" and text.endswith("no micro_seq_len fits, use larger GPUs")
+
+
+def shard_line(folder, preset="medium"):
+    config = tgm.replace(tgm.PRESETS[preset], data_dir=str(folder))
+    return preflight.check_shards(config, tgm.UserError, tgm.find_shards)
+
+
+def test_shard_line(tmp_path):
+    assert shard_line(tmp_path).status == "warning" and "./run.sh fetches" in shard_line(tmp_path).text
+    assert shard_line(tmp_path, "tiny").status == "warning"
+    (tmp_path / "fineweb_train_000001.bin").write_bytes(b"torn")
+    assert shard_line(tmp_path).status == "error" and "fineweb_train_000001.bin" in shard_line(tmp_path).text
+    (tmp_path / "fineweb_train_000001.bin").unlink()
+    tiny = write_text_folder(tmp_path, small_config())
+    assert preflight.check_shards(tiny, tgm.UserError, tgm.find_shards).status == "ok"
+    assert shard_line(tmp_path).status == "error"  # text for a model of FineWeb
+
+
+def test_disk_lines(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = tgm.replace(tgm.PRESETS["medium"], data_dir=str(tmp_path / "new" / "folder"))
+    usage = preflight.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage._replace(free=10 * 2**30))
+    assert [line.status for line in preflight.check_disk(config, 30)] == ["ok", "ok"]
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage._replace(free=5 * 2**30))
+    data, log = preflight.check_disk(config, 30)
+    assert (data.status, log.status) == ("error", "ok") and "5.8 GiB still needed" in data.text
+    saving = tgm.replace(config, checkpoint_minutes=10.0)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage._replace(free=20 * 2**30))
+    checkpoints = preflight.check_disk(saving, 30)[2]
+    # Three of them: of each parameter, and of its copy and momentum in Snoo, of two states in AdamW or fp32 momentum,
+    # smoothed update and mantissa in Muon.
+    matrices, head, tables = 16 * 8 * 2**20 + 15 * 4 * 2**20, 50304 * 1024, 7 * 50257 * 1024
+    needed = 3 * (matrices * (3 * 2 + 4 + 2 + 2) + head * 5 * 4 + tables * 5 * 2) / 2**30
+    assert checkpoints.status == "error" and f"{needed:.1f} GiB still needed" in checkpoints.text
+    (tmp_path / "new").write_text("a file in the way")
+    assert "no folder" in preflight.check_disk(config, 30)[0].text
+
+
+def fail_on_rank_one(rank, size, port, on_gpu):
+    if rank == 1:
+        sys.exit("no peer access")
+    time.sleep(60)
+
+
+def hang(rank, size, port, on_gpu):
+    time.sleep(60 if rank == 0 else 0)
+
+
+def test_all_reduce_line_for_real():
+    assert preflight.check_all_reduce(2, on_gpu=False, limit_s=600).status == "ok"
+    assert preflight.check_all_reduce(1, on_gpu=False).status == "ok"
+
+
+def test_all_reduce_line_when_a_rank_fails():
+    line = preflight.check_all_reduce(2, False, limit_s=600, trial=fail_on_rank_one)
+    assert line.status == "error" and "rank 1 of 2 failed" in line.text
+
+
+def test_all_reduce_line_when_a_rank_hangs(monkeypatch):
+    """On a clock that reaches the limit once rank 1 is done, so that a busy machine changes nothing."""
+    others = set(multiprocessing.active_children())
+
+    def seconds() -> float:
+        return 8.0 if len(set(multiprocessing.active_children()) - others) == 1 else 0.0
+
+    monkeypatch.setattr(preflight, "time", SimpleNamespace(monotonic=seconds, sleep=time.sleep))
+    line = preflight.check_all_reduce(2, False, limit_s=8, trial=hang)
+    assert line.status == "error" and "ranks [0] of 2 hung" in line.text and "for 8 s" in line.text
+
+
+def test_report_on_this_machine_is_one_screen(tmp_path):
+    environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
+                                "CUDA_VISIBLE_DEVICES": ""}
+
+    def check(preset):
+        return subprocess.run(["bash", ROOT / "run.sh", "--check", preset], env=environment, text=True,
+                              capture_output=True)
+
+    done = check("tiny")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 10 and all(line.split()[0] in ("ok", "warning") for line in lines[1:])
+    done = check("medium")
+    assert done.returncode == 1 and "\nerror    GPUs" in done.stdout and "not ready" in done.stderr
+
+
+def run_with_fake_python(tmp_path, gpus: int, *arguments, **environment) -> subprocess.CompletedProcess:
+    """run.sh with an interpreter that satisfies every requirement and only says what it was asked to run."""
+    fake = tmp_path / "bin" / "python3"
+    fake.parent.mkdir(exist_ok=True)
+    fake.write_text(f'#!/bin/sh\ncase "$1" in -) exit 0 ;; -c) echo {gpus} ;; *) echo "RUN $*" ;; esac\n')
+    fake.chmod(0o755)
+    return subprocess.run(["bash", ROOT / "run.sh", *arguments], capture_output=True, text=True, check=True,
+                          env=os.environ | {"PATH": f"{fake.parent}:{os.environ['PATH']}"} | environment)
+
+
+@pytest.mark.parametrize("gpus, nproc", [(8, 8), (7, 4), (3, 2), (1, 1)])
+def test_run_sh_with_gpus_checks_fetches_and_launches(tmp_path, gpus, nproc):
+    folder = str(tmp_path / "fineweb")
+    done = run_with_fake_python(tmp_path, gpus, DATA_PATH=folder)
+    said = [line for line in done.stdout.splitlines() if line.startswith("RUN")]
+    assert said == [f"{LOOK} medium", f"RUN data/shards.py get {folder} --preset medium",
+                    f"RUN -m torch.distributed.run --standalone --nproc_per_node={nproc} train_gpt_medium.py medium"]
+    assert done.stdout.startswith(f"{gpus} GPUs: I will check the machine, fetch")
+
+
+def test_run_sh_never_falls_back_to_the_cpu_on_a_node_with_gpus(tmp_path):
+    fake_nvidia_smi(tmp_path / "bin", "GPU 0: NVIDIA H100 80GB HBM3")
+    done = run_with_fake_python(tmp_path, 0, CUDA_VISIBLE_DEVICES="0")
+    assert [line for line in done.stdout.splitlines() if line.startswith("RUN")] == [f"{LOOK} medium"]
+
+
+def test_run_sh_takes_other_shards_as_they_are(tmp_path):
+    (tmp_path / "synthetic_train_000001.bin").touch()
+    done = run_with_fake_python(tmp_path, 8, "short", DATA_PATH=str(tmp_path))
+    said = [line for line in done.stdout.splitlines() if line.startswith("RUN")]
+    assert said[0] == f"{LOOK} short" and len(said) == 2 and said[1].endswith("train_gpt_medium.py short")

@@ -1,0 +1,235 @@
+"""The READMEs under records/ print exactly the figures that the published JSON gives, and their links resolve."""
+
+import datetime
+import json
+import math
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+
+from helpers import RECORDS
+
+FOLDER = RECORDS / "2025-11-02_SmearMTP"
+READMES = [RECORDS / "README.md", FOLDER / "README.md"]
+TARGET = 2.92  # nats/token
+
+DATA = json.loads((FOLDER / "published.json").read_text(encoding="utf-8"))
+RECORD, PREVIOUS = DATA["smear_mtp"], DATA["previous_record"]
+LOSSES, TIMES, CURVE = RECORD["val_loss"], RECORD["train_time_s"], RECORD["mean_curve_of_26_runs"]
+NUM_RUNS = len(LOSSES)
+STANDARD_ERROR = statistics.stdev(LOSSES) / math.sqrt(NUM_RUNS)
+T_STATISTIC = (statistics.mean(LOSSES) - TARGET) / STANDARD_ERROR
+
+
+def read_tables(path: Path) -> list[list[list[str]]]:
+    """All markdown tables of a file, each a list of rows of cells: the header first, the dashes dropped."""
+    tables, rows = [], []
+    for line in [*path.read_text(encoding="utf-8").splitlines(), ""]:
+        if line.startswith("|"):
+            rows.append([cell.strip() for cell in line.strip().strip("|").split("|")])
+        elif rows:
+            assert set("".join(rows[1])) == {"-"}, f"{path}: no line of dashes under {rows[0]}"
+            assert all(len(row) == len(rows[0]) for row in rows), f"{path}: ragged table {rows[0]}"
+            tables.append([rows[0], *rows[2:]])
+            rows = []
+    return tables
+
+
+def read_table(path: Path, first_header: str) -> list[list[str]]:
+    """The body rows of the one table whose first column has this header."""
+    found = [table[1:] for table in read_tables(path) if table[0][0] == first_header]
+    assert len(found) == 1, f"{path}: {len(found)} tables begin with {first_header!r}"
+    return found[0]
+
+
+def prose(path: Path) -> str:
+    return " ".join(path.read_text(encoding="utf-8").split())
+
+
+def test_published_figures_agree_with_each_other():
+    assert len(TIMES) == NUM_RUNS == 26
+    last = CURVE[-1]
+    assert last["step"] == RECORD["num_iterations"]
+    assert last["val_loss"] == round(statistics.mean(LOSSES), 6)
+    assert last["val_loss_std"] == round(statistics.stdev(LOSSES), 6)
+    assert last["train_time_ms"] == round(1000 * statistics.mean(TIMES))
+
+
+def test_headers_of_every_table():
+    """The other tests look at the rows; a new table fails here until a test covers it."""
+    loss, seconds = "val loss (nats/token)", "train time (s)"
+    curve = f"val loss mean (nats/token)|val loss std|mean {seconds}|smear_lambda mean|smear_lambda std"
+    dates = f"previous record ({PREVIOUS['date']})|this record ({RECORD['date']})"
+    assert ["|".join(table[0]) for table in read_tables(READMES[1])] == [
+        "item|value",
+        f"statistic|{loss}|{seconds}",
+        "test of mean loss <= 2.92|value",
+        f"run|{loss}|{seconds}",
+        f"step|{curve}|backout_lambda 0|backout_lambda 1",
+        f"quantity|{dates}|difference|difference (% of previous)",
+        "part of the time difference|s|% of previous mean|% of difference",
+    ]
+    assert ["|".join(table[0]) for table in read_tables(READMES[0])] == [
+        "date|name|mean loss +- std (nats/token)|mean train time (s)|n (runs)|hardware|torch|folder|status",
+        "command|what it does",
+        "rule|severity|why|where it comes from",
+        "entry|content",  # test_weights.py
+        "check|what must hold",  # test_audit.py
+    ]
+
+
+def test_setup_table():
+    assert read_table(READMES[1], "item") == [
+        ["date", RECORD["date"]],
+        ["hardware", RECORD["hardware"]],
+        ["torch", RECORD["torch"]],
+        ["steps", f"{RECORD['num_iterations']:,}"],
+        ["runs", str(NUM_RUNS)],
+        ["peak memory (MiB per GPU)", f"{RECORD['peak_memory_MiB']:,}"],
+    ]
+
+
+def test_statistics_table():
+    statistics_of = {
+        "mean": statistics.mean,
+        "sample std (n - 1)": statistics.stdev,
+        "standard error": lambda values: statistics.stdev(values) / math.sqrt(len(values)),
+        "min": min,
+        "max": max,
+    }
+    assert read_table(READMES[1], "statistic") == [
+        [name, f"{function(LOSSES):.6f}", f"{function(TIMES):.3f}"] for name, function in statistics_of.items()
+    ]
+
+
+def test_t_test_table():
+    rows = dict(read_table(READMES[1], "test of mean loss <= 2.92"))
+    p_value = rows.pop("one-sided p")
+    assert rows == {
+        "n (runs)": str(NUM_RUNS),
+        "degrees of freedom": str(NUM_RUNS - 1),
+        "t": f"{T_STATISTIC:.3f}",
+        "margin below 2.92 (nats/token)": f"{TARGET - statistics.mean(LOSSES):.6f}",
+        "margin below 2.92 (standard errors)": f"{-T_STATISTIC:.2f}",
+        "runs above 2.92": f"{sum(loss > TARGET for loss in LOSSES)} of {NUM_RUNS}",
+    }
+    assert float(p_value) < 0.01
+
+
+def test_p_value():
+    stats = pytest.importorskip("scipy.stats")
+    result = stats.ttest_1samp(LOSSES, TARGET, alternative="less")
+    assert dict(read_table(READMES[1], "test of mean loss <= 2.92"))["one-sided p"] == f"{result.pvalue:.2e}"
+
+
+def test_table_of_runs():
+    assert read_table(READMES[1], "run") == [
+        [str(run), f"{loss:.6f}", f"{seconds:.3f}"] for run, (loss, seconds) in enumerate(zip(LOSSES, TIMES), 1)
+    ]
+
+
+def test_mean_curve_table():
+    point_at = {point["step"]: point for point in CURVE}
+    rows = read_table(READMES[1], "step")
+    steps = [int(row[0].replace(",", "")) for row in rows]
+    assert steps == sorted(set(steps)) and steps[0] == 0 and steps[-1] == RECORD["num_iterations"]
+    for step, row in zip(steps, rows):
+        point = point_at[step]
+        assert row == [
+            f"{step:,}",
+            f"{point['val_loss']:.6f}",
+            f"{point['val_loss_std']:.6f}",
+            f"{point['train_time_ms'] / 1000:.3f}",
+            f"{point['smear_lambda']:.6f}",
+            f"{point['smear_lambda_std']:.6f}",
+            f"{point['backout_lambda_0']:.4f}",
+            f"{point['backout_lambda_1']:.4f}",
+        ]
+    assert f"{len(rows)} of the {len(CURVE)} published points" in prose(READMES[1])
+
+
+def test_comparison_tables():
+    old_steps, new_steps = PREVIOUS["num_iterations"], RECORD["num_iterations"]
+    old_time, new_time = PREVIOUS["train_time_s_mean"], statistics.mean(TIMES)
+    quantities = [
+        ("steps", old_steps, new_steps, ",d"),
+        ("mean train time (s)", old_time, new_time, ".3f"),
+        ("mean train time per step (ms)", 1000 * old_time / old_steps, 1000 * new_time / new_steps, ".2f"),
+    ]
+    assert read_table(READMES[1], "quantity") == [
+        [name, format(old, spec), format(new, spec), format(new - old, spec), f"{100 * (new - old) / old:.2f} %"]
+        for name, old, new, spec in quantities
+    ]
+    difference = new_time - old_time
+    fewer_steps = old_time * (new_steps - old_steps) / old_steps
+    label = f"fewer steps alone: {old_steps - new_steps} of {old_steps:,} at the previous mean time per step"
+    parts = [(label, fewer_steps), ("rest", difference - fewer_steps), ("all", difference)]
+    assert read_table(READMES[1], "part of the time difference") == [
+        [name, f"{part:.3f}", f"{100 * part / old_time:.2f}", f"{100 * part / difference:.1f}"] for name, part in parts
+    ]
+
+
+def test_figures_in_the_text_of_the_record():
+    text = prose(READMES[1])
+    old_steps, new_steps = PREVIOUS["num_iterations"], RECORD["num_iterations"]
+    last = RECORD["one_log_curve"][-1]
+    negative = [point["step"] for point in CURVE if point["smear_lambda"] < 0]
+    positive = [point["step"] for point in CURVE if point["smear_lambda"] > 0]
+    assert sorted(negative + positive) == [point["step"] for point in CURVE[1:]] and max(negative) < min(positive)
+    for sentence in [
+        f"# {RECORD['date']} Smear-MTP",
+        f"GPT-2-Medium track, record of {RECORD['date']}, by",
+        f"the mean loss is {TARGET} or more. One-sample t-test over all {NUM_RUNS} runs, t = (mean - {TARGET}) /",
+        f"## All {NUM_RUNS} runs",
+        f"## Mean curve of the {NUM_RUNS} runs",
+        f"All {len(CURVE)} points are in `mean_curve_of_{NUM_RUNS}_runs` in the JSON.",
+        f"in the table of all {NUM_RUNS} runs has these final figures",
+        f"{new_steps:,} steps instead of {old_steps:,}.",
+        f"previous record of {PREVIOUS['date']}: {old_steps:,} steps, published mean train time"
+        f" {PREVIOUS['train_time_s_mean']} s.",
+        f"negative up to step {max(negative):,} and positive from step {min(positive):,} on",
+        f"It ends at loss {last['val_loss']:.6f} after {last['train_time_ms'] / 1000:.3f} s.",
+        f"`num_iterations = {old_steps}`",
+    ]:
+        assert sentence in text
+    assert last["val_loss"] not in LOSSES and last["train_time_ms"] / 1000 not in TIMES
+    build_date = datetime.datetime.strptime(re.search(r"dev(\d{8})", RECORD["torch"]).group(1), "%Y%m%d").date()
+    assert build_date - datetime.date.fromisoformat(RECORD["date"]) == datetime.timedelta(days=1)
+
+
+def test_figures_of_the_1b_pair_in_the_text():
+    text, pair = prose(READMES[1]), DATA["scale_up_1b"]
+    without, with_it = pair["baseline"][-1], pair["smear_mtp"][-1]
+    assert without["step"] == with_it["step"]
+    assert f"{without['step']:,} steps, in `scale_up_1b`" in text
+    assert f"last losses are {without['val_loss']} without and {with_it['val_loss']} with it" in text
+    assert f"a difference of {without['val_loss'] - with_it['val_loss']:.4f} is below" in text
+
+
+def test_leaderboard_row():
+    link = f"[{FOLDER.name}]({FOLDER.name}/README.md)"
+    rows = [row for row in read_table(READMES[0], "date") if row[7] == link]
+    assert rows == [
+        [
+            RECORD["date"],
+            "Smear-MTP",
+            f"{statistics.mean(LOSSES):.6f} +- {statistics.stdev(LOSSES):.6f}",
+            f"{statistics.mean(TIMES):.3f}",
+            str(NUM_RUNS),
+            RECORD["hardware"],
+            RECORD["torch"],
+            link,
+            "published figures, not re-run here",
+        ]
+    ]
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parent.name)
+def test_relative_links_resolve(readme):
+    targets = re.findall(r"\]\(([^)\s]+)\)", readme.read_text(encoding="utf-8"))
+    relative = [target for target in targets if not re.match(r"[a-z]+:", target)]
+    assert relative
+    for target in relative:
+        assert (readme.parent / target.split("#")[0]).exists(), target

@@ -1,0 +1,438 @@
+"""The scaled-up run, records/scale_up_1b: its formulas, 1 and 2 gloo processes, its data, its log, what stops it."""
+import ast
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from pydoc_data import topics
+
+import numpy as np
+import pytest
+import torch
+
+import run_log
+import train_gpt_1b as t1b
+from helpers import ALONE, RECORDS, relative, run_ranks, write_shard
+
+FOLDER = RECORDS / "scale_up_1b"
+
+NUM_STEPS = 3
+
+
+def tiny(**changes) -> t1b.Config:
+    """Two layers' worth of work in fp32; a batch is 8 micro-batches of 2 sequences of 32."""
+    constants = dict(seq_len=32, batch=16, val_tokens=1024, num_layers=4, head_dim=16, num_iterations=8,
+                     cooldown_steps=4, seed=1)
+    return t1b.replace(t1b.PRESETS["tiny"], **(constants | changes))
+
+
+def random_ids(num: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(257, (num,), generator=torch.Generator().manual_seed(seed))
+
+
+def random_model(config: t1b.Config) -> t1b.GPT:
+    """No initial zero left, so that no path is dead."""
+    torch.manual_seed(2)
+    model = t1b.GPT(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn(p.shape)
+    return model
+
+
+def with_shards(folder: Path, config: t1b.Config, train, val=random_ids(1025, seed=9)) -> t1b.Config:
+    """`config` reading shards of these ids."""
+    write_shard(folder / "text_train_000001.bin", train)
+    write_shard(folder / "text_val_000000.bin", val)
+    return t1b.replace(config, data_dir=str(folder))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Size and first loss
+
+@pytest.mark.parametrize("smear_mtp", [False, True])
+def test_parameters_are_counted_exactly(smear_mtp):
+    """The published count is the baseline's: Smear-MTP adds its one scalar."""
+    with torch.device("meta"):
+        model = t1b.GPT(t1b.Config(smear_mtp=smear_mtp))
+    assert sum(p.numel() for p in model.parameters()) == 1_549_467_648 + smear_mtp
+    assert model.tied.weight.shape == (50_304, 1536)
+    assert sum(p.numel() for p in model.blocks.parameters()) == 52 * 12 * 1536 ** 2
+
+
+def test_micro_batches_divide_among_all_world_sizes():
+    config = t1b.Config()
+    assert config.val_tokens // config.micro_tokens == 848 and config.batch // config.micro_batch == 40
+    for size in (1, 2, 4, 8):
+        assert 848 % size == 40 % size == 0
+
+
+def first_loss(num_layers: int, num_ids: int) -> tuple[float, t1b.GPT, torch.Tensor]:
+    """Of the full width and vocabulary on ids that do not repeat, in sequences of at most 1024 one after the other."""
+    torch.manual_seed(0)
+    model = t1b.GPT(t1b.Config(num_layers=num_layers, dtype=torch.float32))
+    ids = torch.randperm(50257)[:num_ids + 1]
+    inputs, targets = (x.view(-1, min(1024, num_ids)).split(1) for x in (ids[:-1], ids[1:]))
+    with torch.no_grad():
+        losses = [model(*pair) for pair in zip(inputs, targets)]
+    return torch.stack(losses).mean().item(), model, ids
+
+
+def test_first_loss_is_that_of_the_tied_matrix():
+    """New blocks change nothing, so two layers have the loss of 52; exactly, and in the mean over all ids."""
+    num_ids = 256
+    loss, model, ids = first_loss(2, num_ids)
+    E = model.tied.weight.detach()
+    logits = torch.nn.functional.normalize(E[ids[:-1]].double()) @ E.double().T * 1536 ** 0.5
+    own, target = logits[range(num_ids), ids[:-1]].mean(), logits[range(num_ids), ids[1:]].mean()
+    # rms_norm's epsilon is 2^-23 against a mean square of 1/(3 * 1536); the other ids add 50304 e^(1/6 - own) or so.
+    expected = (own - target) * (1 + 3 * 1536 * 2 ** -23) ** -0.5
+    assert loss == pytest.approx(expected.item(), abs=1e-3)
+    mean = 1536 ** 0.5 * E.norm(dim=1).mean().item()
+    assert mean == pytest.approx(22.626, abs=4 * 0.258 / 50304 ** 0.5)  # of |e| a row deviates by 0.258 / sqrt(1536)
+    assert loss == pytest.approx(mean, abs=4 * 0.633 / num_ids ** 0.5)  # own logit 0.258, target's 1/sqrt(3), a token
+
+
+@pytest.mark.slow
+def test_first_loss_of_all_52_layers():
+    """10 GB of memory and minutes; three standard errors of 4096 tokens are the 0.03."""
+    assert first_loss(52, 4096)[0] == pytest.approx(22.63, abs=0.03)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Formulas
+
+def plain_logits(model: t1b.GPT, ids: torch.Tensor, smear_lambda: float) -> torch.Tensor:
+    """The model on one sequence [T] in fp64, written a second time: loops over heads, a mask, pairs of channels."""
+    config, (T,) = model.config, ids.shape
+    D, half = config.head_dim, config.head_dim // 2
+
+    def norm(x):
+        return x / (x.square().mean(-1, keepdim=True) + 2 ** -23).sqrt()
+
+    def rotate(x):
+        out = torch.empty_like(x)
+        for i in range(half):
+            theta = torch.arange(T, dtype=torch.float32) * config.rotary_base ** (-2 * i / D)
+            cos, sin = theta.cos().bfloat16().double(), theta.sin().bfloat16().double()
+            out[:, i], out[:, i + half] = x[:, i] * cos + x[:, i + half] * sin, x[:, i + half] * cos - x[:, i] * sin
+        return out
+
+    x = model.tied.weight.double()[ids]
+    for block in model.blocks:
+        W = {name.split(".")[0]: p.double().T for name, p in block.named_parameters()}
+        h, heads = norm(x), []
+        for columns in torch.arange(config.model_dim).split(D):
+            q, k, v = ((h @ W[name])[:, columns] for name in "qkv")
+            scores = rotate(norm(q)) @ rotate(norm(k)).T / math.sqrt(D)
+            scores[torch.ones(T, T).triu(1) > 0] = -math.inf
+            heads.append(scores.softmax(-1) @ v)
+        x = x + torch.cat(heads, -1) @ W["o"]
+        x = x + (norm(x) @ W["mlp_in"]).clamp_min(0) ** 2 @ W["mlp_out"]
+    x = norm(x)
+    y = x.clone()
+    for t in range(1, T):
+        y[t] = x[t] + smear_lambda * x[t - 1]
+    return y @ model.tied.weight.double().T
+
+
+@torch.no_grad()
+def test_model_against_its_formulas():
+    model = random_model(tiny(smear_mtp=True))
+    ids = random_ids(2 * 32).view(2, 32)
+    expected = torch.stack([plain_logits(model, row, model.smear_lambda.item()) for row in ids])
+    assert relative(model.logits(ids), expected) < 1e-5  # fp32 through four layers
+    targets = random_ids(64, seed=1).view(2, 32)
+    log_p = expected.log_softmax(-1)
+    loss = -torch.stack([log_p[b, t, targets[b, t]] for b in range(2) for t in range(32)]).mean()
+    assert model(ids, targets).item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_rotary_turns_halves_of_a_head():
+    """Channels i and i + 64 as a complex number turn by -theta, as SPEC section 3's signs have it; base 10,000."""
+    with torch.device("meta"):
+        shapes = t1b.GPT(t1b.Config(num_layers=0))
+    assert shapes.cos.shape == (1024, 64) and shapes.cos.dtype == torch.bfloat16
+    model = t1b.GPT(tiny(head_dim=128, num_heads=1, num_layers=0, seq_len=1024, val_tokens=2**14))
+    x = torch.randn(1, 1, 1024, 128)
+    theta = torch.arange(1024.0)[:, None] * 10_000.0 ** (-torch.arange(64.0) / 64)
+    turned = torch.complex(x[..., :64], x[..., 64:]) * torch.polar(torch.ones_like(theta), -theta)
+    # The tables are bf16: each entry is off by at most 2^-9 of itself.
+    error = (t1b.rotate(x, model.cos, model.sin) - torch.cat((turned.real, turned.imag), -1)).abs()
+    assert (error <= 2 ** -9 * (x[..., :64].abs() + x[..., 64:].abs()).repeat(1, 1, 1, 2) + 1e-5).all()
+
+
+@torch.no_grad()
+def test_no_later_token_reaches_an_earlier_logit():
+    model, ids = random_model(tiny(smear_mtp=True)), random_ids(32)[None]
+    before = model.logits(ids)
+    for t in (1, 17, 31):
+        changed = ids.clone()
+        changed[:, t:] = (changed[:, t:] + 1) % 257
+        after = model.logits(changed)
+        assert torch.equal(after[:, :t], before[:, :t]) and not torch.equal(after[:, t], before[:, t])
+
+
+@torch.no_grad()
+def test_smear_mtp_at_lambda_0_changes_nothing():
+    """Same seed, same model: the scalar draws no random number."""
+    torch.manual_seed(3)
+    smeared = t1b.GPT(tiny(smear_mtp=True))
+    torch.manual_seed(3)
+    baseline = t1b.GPT(tiny(smear_mtp=False))
+    ids = random_ids(64).view(2, 32)
+    assert torch.equal(smeared.logits(ids), baseline.logits(ids))
+    smeared.smear_lambda.fill_(0.5)
+    assert torch.equal(smeared.logits(ids)[:, 0], baseline.logits(ids)[:, 0])
+    assert not torch.equal(smeared.logits(ids)[:, 1], baseline.logits(ids)[:, 1])
+
+
+def test_lr_factor():
+    config = t1b.Config()
+    assert [t1b.lr_factor(step, config) for step in (0, 14_531, 14_532, 17_438, 20_343)] == [
+        1, 1, 1, 0.5, 1 / 5812]
+
+
+def plain_muon(w, grad, buf, lr):
+    """(W, buf) after a step, in fp64, on a matrix of any shape without transposing it."""
+    buf = 0.95 * buf + grad
+    X = grad + 0.95 * buf
+    X = X / (X.norm() + 1e-7)
+    for _ in range(5):
+        A = X @ X.T if len(X) <= X.size(1) else X.T @ X
+        B = -4.7750 * A + 2.0315 * A @ A
+        X = 3.4445 * X + (B @ X if len(X) <= X.size(1) else X @ B)
+    return w - lr * math.sqrt(max(w.shape)) * X, buf
+
+
+def test_optimizer_against_its_formulas():
+    """Three steps, the last of them in the cooldown; AdamW with bias correction and epsilon after the root."""
+    config = tiny(smear_mtp=True, num_iterations=4, cooldown_steps=2)
+    model = random_model(config)
+    optimizer = t1b.Optimizer(model, config, ALONE)
+    values = {name: p.detach().double() for name, p in model.named_parameters()}
+    first = {name: torch.zeros_like(value) for name, value in values.items()}
+    second = {name: torch.zeros_like(value) for name, value in values.items()}
+    initial = dict(values)
+    for step, factor in enumerate((1, 1, 1, 0.5)):
+        for name, p in model.named_parameters():
+            g = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            p.grad, g = g, g.double()
+            if name.startswith("blocks."):
+                values[name], first[name] = plain_muon(values[name], g, first[name], factor * config.muon_lr)
+            else:
+                lr = factor * (0.0018 if name == "tied.weight" else 0.015)
+                first[name] = 0.9 * first[name] + 0.1 * g
+                second[name] = 0.95 * second[name] + 0.05 * g ** 2
+                corrected = first[name] / (1 - 0.9 ** (step + 1)), second[name] / (1 - 0.95 ** (step + 1))
+                values[name] = values[name] - lr * corrected[0] / (corrected[1].sqrt() + 1e-8)
+        optimizer.step(step)
+    for name, p in model.named_parameters():
+        assert p.grad is None
+        # fp32: five steps of Newton-Schulz multiply rounding by about 3.4 each where singular values are small.
+        assert relative(p.detach() - initial[name], values[name] - initial[name]) < 1e-4, name
+
+
+def test_newton_schulz_in_bf16_brings_singular_values_near_1():
+    """As the preset 1b has it; between 0.5 and 1.5 by Muon's author's own account of these coefficients."""
+    u = t1b.newton_schulz(torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16())
+    assert u.dtype == torch.bfloat16 == t1b.Config().dtype
+    singular = torch.linalg.svdvals(u.float())
+    assert 0.5 < singular.min() and singular.max() < 1.5
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ranks and data
+
+def train_and_report(world, config: t1b.Config) -> dict:
+    """A few steps from fixed weights: parameters, validation loss, and the ids that this rank saw."""
+    model = random_model(config)
+    optimizer, (shards, val_shard) = t1b.Optimizer(model, config, world), t1b.find_shards(config)
+    batches, seen = t1b.train_batches(shards, config, world), []
+    for step in range(NUM_STEPS):
+        batch = next(batches)
+        seen.append(torch.stack([ids for ids, _ in batch]))
+        t1b.train_step(model, optimizer, batch, step)
+    return dict(params={name: p.detach() for name, p in model.named_parameters()}, seen=torch.stack(seen),
+                val_loss=t1b.evaluate(model, val_shard, NUM_STEPS, world),
+                momentum_numbers=sum(buf.numel() for buf in optimizer.momenta))
+
+
+def report(world, identical: t1b.Config, distinct: t1b.Config) -> dict:
+    return dict(identical=train_and_report(world, identical), distinct=train_and_report(world, distinct))
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory) -> dict[int, list[dict]]:
+    """What every rank of 1 and of 2 reports."""
+    folder, config = tmp_path_factory.mktemp("ranks"), tiny(smear_mtp=True)
+    micro_batch = random_ids(config.micro_tokens)  # every one is the same, its last target included
+    identical = with_shards(folder / "identical", config, [*micro_batch.repeat(NUM_STEPS * 8), micro_batch[0]])
+    distinct = with_shards(folder / "distinct", config, random_ids(NUM_STEPS * 8 * config.micro_tokens + 1))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the processes have: another number may round otherwise
+    alone = report(ALONE, identical, distinct)
+    torch.set_num_threads(threads)
+    return {1: [alone], 2: run_ranks(2, report, identical, distinct, folder=folder)}
+
+
+def test_identical_micro_batches_give_bitwise_equal_parameters(reports):
+    alone = reports[1][0]["identical"]
+    for rank_report in reports[2]:
+        for name, p in rank_report["identical"]["params"].items():
+            assert torch.equal(p, alone["params"][name]), name
+        assert rank_report["identical"]["val_loss"] == pytest.approx(alone["val_loss"], abs=1e-12)
+
+
+def test_distinct_micro_batches_give_the_same_update(reports):
+    alone, ranks = reports[1][0]["distinct"], [rank_report["distinct"] for rank_report in reports[2]]
+    assert torch.equal(torch.cat([rank["seen"] for rank in ranks], dim=1), alone["seen"]), "not the whole batch"
+    for rank in ranks:
+        assert 2 * rank["momentum_numbers"] == alone["momentum_numbers"]
+        for name, p in rank["params"].items():
+            assert torch.equal(p, ranks[0]["params"][name]), name  # ranks never drift apart
+            assert relative(p, alone["params"][name]) < 1e-5, name  # the order of fp32 sums
+        assert rank["val_loss"] == pytest.approx(alone["val_loss"], abs=1e-5)
+
+
+def test_training_data_wraps_around(tmp_path):
+    """Whole batches of each shard, tails dropped, then from the first shard again; targets are the next ids."""
+    config = with_shards(tmp_path, tiny(), range(2 * 512 + 1))
+    write_shard(tmp_path / "text_train_000002.bin", range(1100, 1100 + 512 + 300))
+    batches = t1b.train_batches(t1b.find_shards(t1b.replace(config))[0], t1b.replace(config), ALONE)
+    with pytest.raises(t1b.UserError, match="holds id 512, outside the vocabulary of 257"):
+        next(batches)
+    shards = [np.arange(2 * 512 + 1) % 257, (1100 + np.arange(812)) % 257]
+    batches = t1b.train_batches(shards, config, ALONE)
+    for shard, start in ((0, 0), (0, 512), (1, 0), (0, 0), (0, 512), (1, 0)):
+        batch = next(batches)
+        assert len(batch) == 8 and batch[0][0].shape == (2, 32)
+        for k in (0, 1):
+            tokens = torch.cat([pair[k].flatten() for pair in batch])
+            assert np.array_equal(tokens, shards[shard][start + k:start + k + 512])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A run
+
+@pytest.fixture
+def cpu_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "DATA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)  # a run leaves one
+
+
+def test_tiny_learns_on_text_and_its_log_is_read_by_the_tools(cpu_alone, tmp_path, capsys):
+    text = np.frombuffer("".join(topics.topics.values()).encode(), np.uint8)
+    config = with_shards(tmp_path / "text", t1b.replace(
+        t1b.PRESETS["tiny"], seq_len=64, batch=16, val_tokens=4096, num_iterations=24, cooldown_steps=8, val_every=12),
+        text[4097:60_000], text[:4097])
+    val_loss = t1b.main(config)
+    (path,) = (tmp_path / "logs").iterdir()
+    console = capsys.readouterr().out
+    assert f"log logs/{path.name}\n" in console and "step:24/24 val_loss:" in console
+    run = run_log.read_log(path)
+    assert [v.step for v in run.validations] == [0, 12, 24] and run.finished and run.clock_start == 10
+    assert [step for step, _ in run.step_ms] == list(range(1, 25))
+    assert all(ms == 0 for step, ms in run.step_ms if step <= 10) and 0 < run.step_ms[10][1] < run.step_ms[-1][1]
+    assert run.source == (FOLDER / "train_gpt_1b.py").read_text().strip("\n")
+    assert run.constants["muon_lr"] == repr(config.muon_lr) and run.peak_memory_mib > 0
+    assert run.environment.torch == torch.__version__
+    assert run.final_loss == pytest.approx(val_loss, abs=1e-6)
+    assert run.validations[0].extras["smear_lambda"] == 0 != run.validations[-1].extras["smear_lambda"]
+    # Uniform guesses over the 256 bytes cost ln 256; letters alone bring English text below 3.2.
+    assert run.validations[0].loss > math.log(256) > 4 > run.final_loss
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(cpu_alone, tmp_path):
+    config = with_shards(tmp_path / "text", tiny(tied_lr=math.inf), random_ids(513))
+    with pytest.raises(t1b.UserError, match="validation loss is nan after 8 steps: lower the learning rates"):
+        t1b.main(config)
+
+
+@pytest.mark.parametrize("break_it, sentence", [
+    (lambda folder: (folder / "text_val_000000.bin").unlink(), "1 training and 0 validation shards"),
+    (lambda folder: (folder / "text_train_000001.bin").unlink(), "0 training and 1 validation shards"),
+    (lambda folder: (folder / "text_train_000001.bin").write_bytes(b"x"), "damaged or not a version"),
+    (lambda folder: write_shard(folder / "text_train_000001.bin", range(9), header={2: 8}), "damaged or not a version"),
+    (lambda folder: write_shard(folder / "text_train_000001.bin", range(9)), "too short: .*9 tokens, .* reads 513"),
+    (lambda folder: write_shard(folder / "text_val_000000.bin", range(9)), "too short: .*9 tokens, .* reads 1,025"),
+    (lambda folder: write_shard(folder / "text_val_000000.bin", range(9), vocab_size=0), "a vocabulary of 50257"),
+])
+def test_shards_that_cannot_be_used_are_refused(tmp_path, break_it, sentence):
+    config = with_shards(tmp_path, tiny(), random_ids(513))
+    t1b.find_shards(config)
+    break_it(tmp_path)
+    with pytest.raises(t1b.UserError, match=sentence):
+        t1b.find_shards(config)
+
+
+@pytest.mark.parametrize("arguments, size, sentence", [
+    (["2b"], 1, "'2b' is not a preset: choose one of 1b, tiny"),
+    (["tiny", "x"], 1, "'tiny x' is not a preset"),
+    ([], 1, "preset 1b needs a CUDA GPU and none is visible"),
+    (["tiny"], 3, "3 processes cannot share .*: give --nproc_per_node 1, 2, 4, 8"),
+    (["tiny"], 5, "5 processes cannot share"),
+])
+def test_a_run_that_cannot_be_is_refused(cpu_alone, monkeypatch, arguments, size, sentence):
+    monkeypatch.setenv("WORLD_SIZE", str(size))
+    with pytest.raises(t1b.UserError, match=sentence):
+        t1b.find_world(t1b.choose_config(arguments))
+
+
+def test_logs_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "logs").write_text("a file in the folder's place")
+    with pytest.raises(t1b.UserError, match="logs.* cannot be written"):
+        t1b.Log(ALONE)
+
+
+@pytest.mark.parametrize("changes", [dict(batch=24), dict(val_tokens=1024 + 512 // 8), dict(micro_batch=3)])
+def test_sizes_that_do_not_divide_are_refused(changes):
+    with pytest.raises(t1b.UserError, match="must be multiples of 8 micro-batches"):
+        tiny(**changes)
+
+
+def test_the_script_stands_alone():
+    """Its one constant is SMEAR_MTP; it imports nothing of the repository; importing it runs nothing."""
+    tree = ast.parse((FOLDER / "train_gpt_1b.py").read_text())
+    assert [node.targets[0].id for node in tree.body if isinstance(node, ast.Assign)] == ["SMEAR_MTP", "PRESETS"]
+    modules = {(node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
+               for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))}
+    assert modules - sys.stdlib_module_names == {"numpy", "torch"}
+    allowed = (ast.Import, ast.ImportFrom, ast.Assign, ast.ClassDef, ast.FunctionDef, ast.If)
+    assert all(isinstance(node, allowed) for node in tree.body[1:])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The README
+
+def test_readme_gives_the_published_figures_and_links_resolve():
+    text = " ".join((FOLDER / "README.md").read_text().split())
+    published = json.loads((FOLDER / "published.json").read_text())["scale_up_1b"]
+    for name, label in (("baseline", "without"), ("smear_mtp", "with Smear-MTP")):
+        first, last = published[name][0], published[name][-1]
+        assert (first["step"], last["step"]) == (0, t1b.Config().num_iterations)
+        assert f"| {label} | {first['val_loss']:.4f} | {last['val_loss']:.4f} |" in text
+    for target in re.findall(r"\]\(([^)#\s]+)", text):
+        assert "://" in target or (FOLDER / target).exists(), target
+
+
+def test_readme_counts():
+    """The counts under its estimates, from the model's shapes."""
+    text = (FOLDER / "README.md").read_text()
+    config = t1b.Config()
+    C, layers, tokens = config.model_dim, config.num_layers, config.batch * config.seq_len
+    tied, matrices = config.num_rows * C, 12 * layers * C * C
+    products = 6 * (tied + matrices) * tokens
+    attention = 3 * 2 * config.seq_len * C * layers * tokens  # half of the pairs, two products, backward twice
+    newton_schulz = 5 * layers * C ** 3 * (4 * 6 + 2 * 18)
+    counts = (f"{products / 1e15:.2f} PFLOP", f"{attention / 1e15:.2f} PFLOP", f"{newton_schulz / 1e12:.1f} TFLOP",
+              f"{4 * (tied + matrices) / 1e9:.2f} GB", f"{4 * matrices / 1e9:.2f} GB", f"{8 * tied / 1e9:.2f} GB",
+              f"{tokens * config.num_iterations:,} tokens")
+    assert [count for count in counts if count not in text] == []

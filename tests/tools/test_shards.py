@@ -1,0 +1,378 @@
+"""data/shards.py: the format as bytes on disk, what the tokens are, and what a user reads when it cannot be done."""
+import os
+import random
+import struct
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import generate
+import shard_format
+import shards
+from helpers import ROOT
+
+TOOL = ROOT / "data" / "shards.py"
+
+HEADER_BYTES = 1024
+
+
+def read(path):
+    """(header as 256 int, ids) of a shard, by the format's description alone."""
+    data = Path(path).read_bytes()
+    return struct.unpack("<256i", data[:HEADER_BYTES]), np.frombuffer(data[HEADER_BYTES:], "<u2")
+
+
+def split(ids, doc_id):
+    """The documents of a shard without their ids; whatever stands before the first one is an error."""
+    starts = np.flatnonzero(ids == doc_id)
+    assert starts[0] == 0
+    return [document[1:] for document in np.split(ids, starts[1:])]
+
+
+def run(*args):
+    return subprocess.run([sys.executable, TOOL, *map(str, args)], capture_output=True, text=True, timeout=60)
+
+
+def assert_one_sentence(result, *words):
+    """Exit status 1 and a single line on stderr that holds all of `words`."""
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
+    for word in words:
+        assert str(word) in result.stderr
+
+
+# ---- the format
+
+@pytest.mark.parametrize("in_pieces", [False, True])
+def test_bytes_on_disk(tmp_path, in_pieces):
+    ids = np.array([256, 1, 2, 256, 255, 0], np.int64)  # any integers go in, uint16 comes out
+    pieces = iter([ids[:2], ids[2:2], ids[2:]]) if in_pieces else ids
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"an older and longer file" * 100)
+    assert shard_format.write_shard(path, pieces, 257, 256) == (6, 2)
+    header = [20240520, 1, 6, 257, 256] + [0] * 251
+    assert path.read_bytes() == struct.pack("<256i6H", *header, 256, 1, 2, 256, 255, 0)
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_largest_vocabulary_survives(tmp_path):
+    shard_format.write_shard(tmp_path / "a.bin", np.array([65535, 0, 32768]), 65536, 65535)
+    header, ids = read(tmp_path / "a.bin")
+    assert header[2:5] == (3, 65536, 65535) and ids.tolist() == [65535, 0, 32768]
+
+
+@pytest.mark.parametrize("ids, vocab_size, doc_id, words", [
+    ([0, 1], 65537, 0, "65,537"),
+    ([0, 1], 257, 257, "257"),
+    ([0, 257], 257, 256, "ids 0 to 257"),
+    ([-1, 5], 257, 256, "ids -1 to 5"),
+    ([256], 257, 256, "1 tokens"),
+])
+def test_what_does_not_fit_is_refused(tmp_path, ids, vocab_size, doc_id, words):
+    with pytest.raises(shard_format.ShardError, match=words):
+        shard_format.write_shard(tmp_path / "a.bin", np.array(ids), vocab_size, doc_id)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_failure_in_the_middle_leaves_what_was_there(tmp_path, error):
+    seen = []
+
+    def pieces():
+        yield np.zeros(100_000, np.uint16)
+        seen.extend(os.listdir(tmp_path))
+        raise error
+
+    for before in ([], ["a.bin"]):
+        with pytest.raises(error):
+            shard_format.write_shard(tmp_path / "a.bin", pieces(), 257, 256)
+        assert len(seen) == len(before) + 1  # it did stand half written, under another name
+        assert [name for name in seen if name.endswith(".bin")] == before
+        assert os.listdir(tmp_path) == before
+        (tmp_path / "a.bin").write_bytes(b"old")
+        seen.clear()
+    assert (tmp_path / "a.bin").read_bytes() == b"old"
+
+
+# ---- text
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made") / "deep" / "text"
+    generate.make_text(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text_split(text_folder):
+    """{"val": documents, "train": documents}, each document as bytes."""
+    names = {"val": "text_val_000000.bin", "train": "text_train_000001.bin"}
+    assert sorted(os.listdir(text_folder)) == sorted(names.values())
+    documents = {}
+    for key, name in names.items():
+        header, ids = read(text_folder / name)
+        assert header == (20240520, 1, ids.size, 257, 256) + (0,) * 251
+        assert ids.max() == 256
+        documents[key] = [document.astype(np.uint8).tobytes() for document in split(ids, 256)]
+    return documents
+
+
+def test_text_sizes(text_split):
+    val, train = (sum(1 + len(document) for document in text_split[key]) for key in ("val", "train"))
+    assert val >= 65_537 and train >= 1_000_000
+    longest = max(len(document) for document in text_split["val"])
+    assert (val + train) // 10 <= val <= (val + train) // 10 + 1 + longest
+
+
+def test_text_decodes_to_the_documents(text_split):
+    decoded = [document.decode("utf-8") for document in text_split["val"] + text_split["train"]]
+    assert decoded == generate.text_documents()
+
+
+def test_text_is_what_python_documents(text_split):
+    from pydoc_data.topics import topics
+    everything = b"".join(text_split["val"] + text_split["train"])
+    assert topics["while"].strip().splitlines()[0].encode() in everything
+    for docstring in (argparse_docstring(), random.Random.sample.__doc__.strip().splitlines()[0]):
+        assert docstring.encode() in everything
+    assert b"\r" not in everything and b"\0" not in everything
+
+
+def argparse_docstring():
+    import argparse
+    return argparse.ArgumentParser.__doc__.strip().splitlines()[0]
+
+
+def test_val_and_train_are_disjoint(text_split):
+    documents = text_split["val"] + text_split["train"]
+    assert len(set(documents)) == len(documents)
+    # Nor does a whole long paragraph of one document make up another document.
+    assert not set(text_split["val"]) & {part for document in text_split["train"] for part in document.split(b"\n\n")}
+
+
+def test_val_and_train_mix_topics_and_modules(text_split):
+    from pydoc_data.topics import topics
+    wanted = {generate.clean(text).encode() for text in topics.values()}
+    num_topics = {key: sum(document in wanted for document in text_split[key]) for key in text_split}
+    # Drawn without replacement: the hypergeometric mean and standard deviation of validation's share, 5 sigma.
+    num_val, num_all = len(text_split["val"]), len(text_split["val"]) + len(text_split["train"])
+    share = sum(num_topics.values()) / num_all
+    sigma = (num_val * share * (1 - share) * (num_all - num_val) / (num_all - 1)) ** 0.5
+    assert 0 < num_topics["val"] and abs(num_topics["val"] - num_val * share) < 5 * sigma
+
+
+def test_text_is_the_same_in_another_process(text_folder, tmp_path):
+    result = run("text", tmp_path)
+    assert result.returncode == 0 and not result.stderr
+    for path in text_folder.iterdir():
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+        assert f"{path.name}: {read(path)[0][2]:,} tokens" in result.stdout
+
+
+def test_docstrings_come_in_source_order():
+    source = '''"""module"""
+class A:
+    """class
+
+    indented  """
+    def f(self):
+        """method \\d"""
+def g():
+    """function"""
+    x = """no docstring"""
+class B: pass
+'''
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the method's backslash is worth one
+        assert generate.docstrings(source.encode()) == ["module", "class\n\nindented", "method \\d", "function"]
+    assert generate.docstrings(b"def broken(") == generate.docstrings(b"\0") == []
+
+
+def test_clean_text_can_always_be_encoded():
+    assert generate.clean("  é\ud800 \r\n\tx\n\n") == "é\n\tx"
+    assert generate.encode("é").tolist() == [256, 0xC3, 0xA9]
+
+
+def test_tests_and_packages_are_left_out(tmp_path):
+    for name in ("b.py", "a/c.py", "a/test/no.py", "a/tests/x/no.py", "idlelib/idle_test/no.py", "site-packages/no.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "notes.txt").write_text("no")
+    (tmp_path / "unreadable.py").mkdir()
+    (tmp_path / "dangling.py").symlink_to("nowhere")
+    assert list(generate.library_sources(tmp_path)) == [b"a/c.py", b"b.py"]
+
+
+def test_too_little_text_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(generate.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(shard_format.ShardError, match="655,370"):
+        generate.make_text(tmp_path / "text")
+    assert os.listdir(tmp_path / "text") == []
+
+
+# ---- synthetic
+
+NUM_TOKENS = 3_000_000  # more than two pieces, and no whole number of them
+
+
+@pytest.fixture(scope="module")
+def synthetic_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made") / "synthetic"
+    generate.make_synthetic(folder, 2, NUM_TOKENS, 70_001, seed=5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def synthetic_ids(synthetic_folder):
+    return read(synthetic_folder / "synthetic_train_000001.bin")[1]
+
+
+def test_synthetic_counts_and_headers(synthetic_folder):
+    sizes = {"synthetic_val_000000.bin": 70_001, "synthetic_train_000001.bin": NUM_TOKENS,
+             "synthetic_train_000002.bin": NUM_TOKENS}
+    assert sorted(os.listdir(synthetic_folder)) == sorted(sizes)
+    for name, size in sizes.items():
+        header, ids = read(synthetic_folder / name)
+        assert header == (20240520, 1, size, 50257, 50256) + (0,) * 251
+        assert ids.size == size and ids.max() == ids[0] == 50256
+
+
+def test_shards_depend_on_seed_and_index_only(synthetic_folder, tmp_path):
+    generate.make_synthetic(tmp_path / "one", 1, NUM_TOKENS, 70_001, seed=5)
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (synthetic_folder / path.name).read_bytes()
+    generate.make_synthetic(tmp_path / "other", 1, 70_001, 70_001, seed=6)
+    paths = [*synthetic_folder.iterdir(), *(tmp_path / "other").iterdir()]
+    assert len({read(path)[1][:70_001].tobytes() for path in paths}) == len(paths) == 5
+
+
+def test_tokens_do_not_depend_on_the_pieces(synthetic_ids, monkeypatch):
+    monkeypatch.setattr(generate, "PIECE_TOKENS", 123_457)
+    assert np.array_equal(np.concatenate(list(generate.synthetic_pieces(NUM_TOKENS, 5, 1))), synthetic_ids)
+
+
+def test_document_lengths(synthetic_ids):
+    lengths = np.array([document.size for document in split(synthetic_ids, 50256)[:-1]])  # the last one is cut
+    assert lengths.min() >= 32 and lengths.max() <= 130_000
+    # A share of 0.99 lies below m with the lognormal's chance, the Pareto tail never (it starts at 6000), so the median
+    # is at z = Phi^-1(0.5 / 0.99) = 0.01266: exp(ln 398 + 0.88 z) = 402.5. A sample median of n has the standard error
+    # 1 / (2 f sqrt(n)); in log lengths f = 0.99 phi(z) / 0.88 = 0.4488, so 1.114 / sqrt(n). Truncation shifts it by
+    # 0.5 at most. 4 sigma at n = 3,800 is 7 %.
+    assert abs(np.log(np.median(lengths) + 0.5) - np.log(402.5)) < 4 * 1.114 / lengths.size**0.5 + 0.5 / 402.5
+
+
+def test_document_length_model():
+    lengths = generate.document_lengths(np.random.default_rng(3), 400_000)
+    assert lengths.min() == 32 and lengths.max() == 130_000  # both clips bite in so many
+    # P(length >= 20,000) = 0.01 (6000 / 20000)^1.2; the lognormal's own share, 4.45 sigma out, is below 5e-6.
+    chance = 0.01 * 0.3**1.2
+    assert abs(np.mean(lengths >= 20_000) - chance) < 5e-6 + 4 * (chance / lengths.size) ** 0.5
+    # Its quartiles, 0.6745 sigma from the median up to the tail's 1 %, give the lognormal's sigma.
+    low, high = np.log(np.quantile(lengths, [0.25 * 0.99, 0.75 * 0.99]))
+    # Each has the standard error sqrt(0.25 * 0.75 / n) / f, f = phi(0.6745) / 0.88 = 0.361; the difference at most
+    # twice that. Truncation moves the lower one, at 220, by less than 1 / 200.
+    assert abs(high - low - 2 * 0.6745 * 0.88) < 4 * 2 * (0.1875 / lengths.size) ** 0.5 / 0.361 + 1 / 200
+
+
+def test_zipf_frequencies(synthetic_ids):
+    ids = synthetic_ids[synthetic_ids != 50256]
+    weights = 1 / np.arange(1, 50257)
+    chances = weights / weights.sum()
+    counts = np.bincount(ids, minlength=50256)
+    sigma = np.sqrt(ids.size * chances * (1 - chances))  # of one count of a multinomial
+    assert np.all(np.abs(counts - ids.size * chances)[:200] < 5 * sigma[:200])
+    # All ids, by blocks so that each expects enough: chi-square of k blocks has mean k - 1, variance 2 (k - 1).
+    edges = np.arange(0, 50256, 64)
+    expected = np.add.reduceat(ids.size * chances, edges)
+    chi2 = np.sum((np.add.reduceat(counts, edges) - expected) ** 2 / expected)
+    assert abs(chi2 - (edges.size - 1)) < 5 * (2 * (edges.size - 1)) ** 0.5
+
+
+def test_neighbours_are_independent(synthetic_ids):
+    # Id 0 has the chance 0.087, so 0 0 has its square; a generator restarted by mistake at each piece would show below.
+    zero = synthetic_ids == 0
+    chance = zero.mean() ** 2
+    assert abs(np.mean(zero[1:] & zero[:-1]) - chance) < 5 * (3 * chance / zero.size) ** 0.5
+    assert not np.array_equal(zero[:10_000], zero[generate.PIECE_TOKENS:][:10_000])
+
+
+def test_defaults_carry_the_short_preset():
+    args = shards.parse(["synthetic"])
+    assert args.shards * ((args.tokens - 1) // 524_288) >= 300 > (args.shards - 1) * ((args.tokens - 1) // 524_288)
+    assert args.val_tokens > 10_485_760
+    assert args.folder == TOOL.parent / "synthetic" and shards.parse(["text"]).folder == TOOL.parent / "text"
+
+
+# ---- what the user reads
+
+def test_success_is_summed_up(tmp_path):
+    result = run("synthetic", tmp_path / "new", "--shards", 1, "--tokens", 1000, "--val-tokens", 500)
+    assert result.returncode == 0 and not result.stderr
+    val, train, done = result.stdout.splitlines()
+    num_documents = int(np.sum(read(tmp_path / "new" / "synthetic_train_000001.bin")[1] == 50256))
+    assert "synthetic_val_000000.bin: 500 tokens" in val
+    assert f"synthetic_train_000001.bin: 1,000 tokens, {num_documents} documents, 0.0 MB" in train
+
+
+@pytest.mark.parametrize("command", ["text", "synthetic"])
+def test_a_file_in_the_folders_place(tmp_path, command):
+    (tmp_path / "file").write_text("")
+    assert_one_sentence(run(command, tmp_path / "file"), tmp_path / "file", "name another folder")
+    assert_one_sentence(run(command, tmp_path / "file" / "in"), tmp_path / "file" / "in", "name another folder")
+
+
+def test_a_folder_in_the_shards_place(tmp_path):
+    (tmp_path / "synthetic_val_000000.bin").mkdir()
+    assert_one_sentence(run("synthetic", tmp_path, "--val-tokens", 1000), tmp_path / "synthetic_val_000000.bin")
+    assert os.listdir(tmp_path) == ["synthetic_val_000000.bin"]
+
+
+@pytest.mark.parametrize("option, value, word", [
+    ("--tokens", 1, "1 tokens"), ("--tokens", 2**31, "2,147,483,648"), ("--val-tokens", 0, "validation"),
+    ("--shards", 0, "0 shards"), ("--seed", -1, "seed -1")])
+def test_sizes_that_cannot_be(tmp_path, option, value, word):
+    assert_one_sentence(run("synthetic", tmp_path / "new", option, value), word, "ask for")
+    assert not (tmp_path / "new").exists()
+
+
+def test_usage_errors_are_argparse_s(tmp_path):
+    for args in ([], ["nothing"], ["synthetic", tmp_path, "--tokens", "many"]):
+        result = run(*args)
+        assert result.returncode == 2 and result.stderr.startswith("usage:")
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A function that mounts a memory disk of 512 KB, with more options, and returns its folder."""
+    mounted = []
+
+    def mount(options):
+        folder = tmp_path / "disk"
+        folder.mkdir()
+        try:
+            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size=512k,{options}", "tmpfs", folder], check=True)
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("needs the right to mount")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk(disk):
+    folder = disk("rw")
+    result = run("synthetic", folder, "--val-tokens", 1000, "--tokens", 1_000_000)
+    assert_one_sentence(result, folder, "No space left", "free some space")
+    assert os.listdir(folder) == ["synthetic_val_000000.bin"]  # what was whole before stays
+
+
+def test_a_folder_that_cannot_be_written(disk):
+    folder = disk("ro")
+    assert_one_sentence(run("synthetic", folder), folder, "Read-only", "name a folder that you can write to")
+    assert_one_sentence(run("synthetic", folder / "new"), folder / "new", "name a folder that you can write to")

@@ -1,0 +1,288 @@
+"""data/verify.py: what it counts against a plain count, and real damage to real shards."""
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import fetch
+import generate
+import verify
+from helpers import ROOT
+from shard_format import ShardError, write_shard
+
+TOOL = ROOT / "data" / "shards.py"
+
+BATCH = 524_288
+
+
+def make_set(folder, prefix="own", sizes=(30_000, 50_000, 40_000), vocab_size=300, doc_id=299, seed=0):
+    """A validation shard and training shards of random ids, written by the tool itself; {name: ids}."""
+    rng, ids = np.random.default_rng(seed), {}
+    for index, size in enumerate(sizes):
+        name = f"{prefix}_{'train' if index else 'val'}_{index:06d}.bin"
+        ids[name] = rng.integers(0, vocab_size, size).astype(np.uint16)
+        write_shard(folder / name, ids[name], vocab_size, doc_id)
+    return ids
+
+
+def plain_count(ids, doc_id):
+    """(documents, smallest, largest) by walking over the ids one by one."""
+    lengths = []
+    for token in ids.tolist():
+        if token == doc_id:
+            lengths.append(0)
+        if lengths:
+            lengths[-1] += 1
+    return len(lengths), min(lengths, default=None), max(lengths, default=None)
+
+
+def rows_of(folder):
+    return {row["name"]: row for row in verify.examine(folder)["shards"]}
+
+
+def run(*args):
+    return subprocess.run([sys.executable, TOOL, "verify", *map(str, args)], capture_output=True, text=True, timeout=60)
+
+
+def flip(path, offset):
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 4
+    path.write_bytes(content)
+
+
+def damage(path, how):
+    if how == "truncated":
+        os.truncate(path, path.stat().st_size - 1000)
+    elif how == "to nothing":
+        os.truncate(path, 100)
+    else:
+        flip(path, {"magic": 0, "version": 4, "tokens": 9, "document id": 19}[how])
+
+
+# ---- what it counts
+
+def test_counts_are_those_of_a_plain_count(tmp_path, monkeypatch):
+    expected = make_set(tmp_path)
+    for num_bytes in (2**20, 1000, 22):  # the pieces in which it reads do not matter
+        monkeypatch.setattr(verify, "CHUNK_BYTES", num_bytes)
+        for name, row in rows_of(tmp_path).items():
+            ids = expected[name]
+            assert (row["documents"], row["smallest"], row["largest"]) == plain_count(ids, 299)
+            assert (row["tokens"], row["min_id"], row["max_id"]) == (ids.size, ids.min(), ids.max())
+            assert (row["vocab_size"], row["doc_id"], row["problem"]) == (300, 299, None)
+            assert row["sha256"] == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+            assert row["sha256_from"] == "file"
+
+
+@pytest.mark.parametrize("ids, expected", [
+    ([9, 1, 2, 9, 3], (2, 2, 3)), ([1, 2, 9], (1, 1, 1)), ([1, 2, 3], (0, None, None)), ([9, 9, 9], (3, 1, 1)),
+    ([5, 9, 1, 1, 9, 9, 7], (3, 1, 3))])
+def test_documents(tmp_path, monkeypatch, ids, expected):
+    write_shard(tmp_path / "a_val_000000.bin", np.array(ids), 10, 9)
+    for num_bytes in (2**20, 2, 4):
+        monkeypatch.setattr(verify, "CHUNK_BYTES", num_bytes)
+        row = rows_of(tmp_path)["a_val_000000.bin"]
+        assert (row["documents"], row["smallest"], row["largest"]) == expected
+
+
+def test_shards_with_a_published_header(tmp_path):
+    content = np.array([20240520, 1, 4] + [0] * 253, "<i4").tobytes() + np.array([50256, 0, 50255, 1], "<u2").tobytes()
+    (tmp_path / "fineweb_val_000000.bin").write_bytes(content)
+    row = rows_of(tmp_path)["fineweb_val_000000.bin"]
+    assert (row["vocab_size"], row["doc_id"], row["documents"]) == (50257, 50256, 1)
+    assert (row["min_id"], row["max_id"], row["problem"]) == (0, 50256, None)
+
+
+def test_text_and_synthetic_shards_are_whole(tmp_path):
+    generate.make_text(tmp_path / "text")
+    generate.make_synthetic(tmp_path / "synthetic", 2, 100_000, 50_000, seed=1)
+    for name in ("text", "synthetic"):
+        report = verify.examine(tmp_path / name)
+        assert report["problems"] == [] and all(row["documents"] for row in report["shards"])
+
+
+# ---- hashes and the manifest
+
+def note(folder, names):
+    fetch.write_manifest(folder, {
+        name: fetch.make_entry(folder / name, 0, hashlib.sha256((folder / name).read_bytes()).hexdigest(), None)
+        for name in names})
+
+
+def test_hashes_come_from_the_manifest_while_it_holds(tmp_path, monkeypatch):
+    names = list(make_set(tmp_path))
+    note(tmp_path, names)
+    before = rows_of(tmp_path)
+    assert {row["sha256_from"] for row in before.values()} == {"manifest"}
+    monkeypatch.setattr(verify, "hashlib", None)  # a call raises
+    assert rows_of(tmp_path) == before
+    monkeypatch.undo()
+    os.utime(tmp_path / names[0], ns=(1, 1))
+    after = rows_of(tmp_path)
+    assert after[names[0]]["sha256_from"] == "file" and after[names[0]]["problem"] is None
+    assert [row["sha256"] for row in after.values()] == [row["sha256"] for row in before.values()]
+
+
+def test_content_other_than_the_manifests_is_damage(tmp_path):
+    names = list(make_set(tmp_path))
+    note(tmp_path, names)
+    flip(tmp_path / names[1], 5000)
+    flip(tmp_path / names[1], 5002)
+    (problem,) = verify.examine(tmp_path)["problems"]
+    assert names[1] in problem and "SHA-256" in problem and "fetch it again" in problem
+
+
+# ---- damage
+
+@pytest.mark.parametrize("how, word", [
+    ("truncated", "should be"), ("to nothing", "header of 1,024"), ("magic", "magic"), ("version", "version"),
+    ("tokens", "promises"), ("document id", "document id")])
+def test_damage_is_named_with_the_way_out(tmp_path, capsys, how, word):
+    names = list(make_set(tmp_path))
+    damage(tmp_path / names[1], how)
+    with pytest.raises(SystemExit) as caught:
+        verify.verify(tmp_path)
+    out = capsys.readouterr().out
+    problems = [line for line in out.splitlines() if line.startswith("PROBLEM")]
+    assert caught.value.code == 1
+    assert len(problems) == 1 and names[1] in problems[0] and word in problems[0] and "make it anew" in problems[0]
+    assert out.count("DAMAGED") == 1 and out.count(" ok ") == 2
+
+
+def test_ids_outside_the_vocabulary(tmp_path):
+    name = list(make_set(tmp_path))[2]
+    flip(tmp_path / name, 1024 + 2 * 777 + 1)  # adds 1,024 to an id
+    (problem,) = verify.examine(tmp_path)["problems"]
+    assert name in problem and "outside its vocabulary of 300" in problem
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    names = list(make_set(tmp_path))
+    (tmp_path / names[1]).unlink()
+    (tmp_path / names[1]).symlink_to("nowhere")
+    (tmp_path / names[2]).unlink()
+    (tmp_path / names[2]).mkdir()
+    one, two = verify.examine(tmp_path)["problems"]
+    assert names[1] in one and "No such file" in one and names[2] in two and "directory" in two
+    (tmp_path / "manifest.json").mkdir()
+    with pytest.raises(ShardError, match="cannot read .*manifest.json"):
+        verify.verify(tmp_path)
+
+
+# ---- the set
+
+@pytest.mark.parametrize("numbers, gaps", [
+    ([1, 2, 3], ""), ([2], "1"), ([4], "1-3"), ([1, 3, 4, 8], "2, 5-7"), ([], "1"), ([0, 1], "")])
+def test_gaps(numbers, gaps):
+    assert verify.find_gaps(numbers[::-1]) == gaps
+
+
+def test_a_set_with_gaps_and_strangers(tmp_path):
+    names = list(make_set(tmp_path, sizes=[1000] * 5))
+    (tmp_path / "other.bin").write_bytes(b"not a shard by its name")
+    assert verify.examine(tmp_path)["problems"] == []
+    (tmp_path / names[0]).unlink()
+    (tmp_path / names[2]).unlink()
+    missing_val, missing_train = verify.examine(tmp_path)["problems"]
+    assert names[0] in missing_val and missing_train.startswith("training shards of own are missing: 2;")
+    make_set(tmp_path, prefix="b", sizes=[1000] * 2, vocab_size=400)
+    problems = " ".join(verify.examine(tmp_path)["problems"])
+    assert "b and own are mixed" in problems and "differ in their vocabularies, [(300, 299), (400, 299)]" in problems
+
+
+def judge(folder):
+    pytest.importorskip("torch")
+    return verify.examine(folder)["presets"]
+
+
+def test_presets_of_a_gpt2_set(tmp_path):
+    sizes = [2**20 + 1] + [150 * BATCH + 1] * 2
+    for index, size in enumerate(sizes):  # holes on disk, so that only the sizes are real
+        path = tmp_path / f"fineweb_{'train' if index else 'val'}_{index:06d}.bin"
+        path.write_bytes(np.array([20240520, 1, size] + [0] * 253, "<i4").tobytes())
+        os.truncate(path, 1024 + 2 * size)
+    verdicts = judge(tmp_path)
+    assert sorted(verdicts) == ["medium", "short"]
+    assert verdicts["short"] == {"enough": True, "reason": "300 steps use 2 training shards"}
+    assert not verdicts["medium"]["enough"] and "fineweb_train_000003.bin is missing" in verdicts["medium"]["reason"]
+    flip(tmp_path / "fineweb_train_000002.bin", 2000)
+    assert judge(tmp_path)["short"]["enough"]  # still a valid id, and nothing to compare with
+    note(tmp_path, ["fineweb_train_000002.bin"])
+    flip(tmp_path / "fineweb_train_000002.bin", 2002)
+    verdict = judge(tmp_path)["short"]
+    assert not verdict["enough"] and verdict["reason"] == "fineweb_train_000002.bin damaged"
+
+
+def test_presets_of_byte_and_of_own_sets(tmp_path, capsys):
+    for folder, vocab_size in (("bytes", 257), ("own", 300)):
+        (tmp_path / folder).mkdir()
+        make_set(tmp_path / folder, sizes=(2**14 + 1, 64 * 8 * 512 + 1), vocab_size=vocab_size, doc_id=vocab_size - 1)
+    assert judge(tmp_path / "bytes") == {"tiny": {"enough": True, "reason": "64 steps use 1 training shards"}}
+    assert judge(tmp_path / "own") == {}
+    verify.print_report(verify.examine(tmp_path / "own"))
+    assert "no preset of the trainer has this vocabulary" in capsys.readouterr().out
+
+
+def test_without_torch_all_else_is_said(tmp_path, monkeypatch, capsys):
+    make_set(tmp_path)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "train_gpt_medium", raising=False)
+    with pytest.raises(SystemExit) as caught:
+        verify.verify(tmp_path)
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert "torch is not installed" in out and "own_train_000002.bin" in out
+
+
+# ---- the command
+
+def test_the_table(tmp_path):
+    prefix = "a_rather_long_prefix_that_someone_chose"
+    expected = make_set(tmp_path, prefix=prefix)
+    result = run(tmp_path)
+    assert result.returncode == 0 and not result.stderr  # the bar is for terminals
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines[:4])) <= 120 and "done in" not in result.stdout
+    columns = lines[1].split()
+    ids = expected[f"{prefix}_train_000001.bin"]
+    documents, smallest, largest = plain_count(ids, 299)
+    assert columns[0].endswith("_train_000001.bin") and columns[1] == "ok"
+    assert columns[2:6] == ["50,000", str(documents), str(smallest), f"{largest:,}"]
+    sha256 = hashlib.sha256((tmp_path / f"{prefix}_train_000001.bin").read_bytes()).hexdigest()
+    assert columns[6:] == ["0-299", sha256[:12]]
+    assert "training: 90,000 tokens" in result.stdout and "validation: 30,000 tokens" in result.stdout
+    counts = ["2,147,483,647", "999,999,999", "999,999,999", "999,999,999"]
+    width = verify.MAX_NAME_WIDTH
+    widest = verify.ROW.format("x" * width, width, "DAMAGED", *counts, "0-65535", "0" * 12)
+    assert len(widest) <= 120
+
+
+def test_json(tmp_path):
+    names = list(make_set(tmp_path))
+    result = run(tmp_path, "--json")
+    report = json.loads(result.stdout)
+    assert result.returncode == 0 and not result.stderr and report["problems"] == []
+    assert sorted(row["name"] for row in report["shards"]) == sorted(names)
+    assert report["train"]["tokens"] == 90_000 and report["val"]["shards"] == 1
+    assert report["bytes"] == sum((tmp_path / name).stat().st_size for name in names)
+    damage(tmp_path / names[0], "magic")
+    result = run(tmp_path, "--json")
+    assert result.returncode == 1 and names[0] in json.loads(result.stdout)["problems"][0]
+
+
+def test_it_changes_nothing(tmp_path):
+    make_set(tmp_path)
+    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()}
+    verify.examine(tmp_path)
+    assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["", "nowhere"])
+def test_no_shards(tmp_path, name):
+    result = run(tmp_path / name)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert "holds no shards" in result.stderr and str(tmp_path) in result.stderr

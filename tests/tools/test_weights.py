@@ -1,0 +1,406 @@
+"""records/weights/: what was trained is what is exported, evaluates to the log's digits, and speaks; bad input."""
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+
+import plain_twin
+import train_gpt_medium as tgm
+import weights
+from helpers import CPU, RECORDS, random_ids, randomise, run_main, run_ranks, small_config, train_few_layers, \
+    write_shard, write_text_folder
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("DATA_PATH", raising=False)
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory) -> tuple[tgm.Config, Path]:
+    return train_few_layers(tmp_path_factory.mktemp("run"))
+
+
+def train_ranks(world: tgm.World, config: tgm.Config, folder: Path) -> dict:
+    os.chdir(folder)
+    return run_main(world, config)["state"]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, one_rank) -> tuple[tgm.Config, Path, dict]:
+    """The same in the record's dtypes on two ranks, whose banks have padding; and the state at the end."""
+    folder = tmp_path_factory.mktemp("two")
+    config = write_text_folder(folder / "shards", tgm.replace(one_rank[0], dtype=torch.bfloat16, num_iterations=2,
+                                                              val_every=1, checkpoint_every=1))
+    state, _ = run_ranks(2, train_ranks, config, folder, folder=folder / "ranks")
+    return config, next((folder / "checkpoints").iterdir()), state
+
+
+@pytest.fixture
+def one_thread():
+    """As the processes of `two_ranks` ran: the order of sums in a product depends on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def exported(one_rank, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("exported") / "model.safetensors"
+    assert weights.main(["export", str(one_rank[1]), str(out)]) == 0
+    return out
+
+
+def logged_losses(run: Path) -> dict[int, str]:
+    log, = (run.parent.parent / "logs").iterdir()
+    return {int(step): loss for step, loss in re.findall(r"^step:(\d+)/\d+ val_loss:(\S+) ", log.read_text(), re.M)}
+
+
+def refusal(capsys, *argv) -> str:
+    """What a command that ends with status 1 says: one sentence on stderr, nothing on stdout."""
+    capsys.readouterr()
+    assert weights.main([str(argument) for argument in argv]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("weights.py: ") and err.endswith(".\n") or "pip install" in err, err
+    assert err.count("\n") == 1
+    return err
+
+
+# ---- export
+
+def test_two_ranks_shards_become_the_parameters(two_ranks, tmp_path, capsys):
+    _, run, state = two_ranks
+    trained = {name.removeprefix("/model/"): x for name, x in state.items() if name.startswith("/model/")}
+    assert weights.main(["export", str(run), str(tmp_path / "model.safetensors")]) == 0
+    written = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert written.keys() == trained.keys()
+    for name, p in trained.items():
+        assert written[name].dtype == p.dtype and torch.equal(written[name], p), name
+    assert {p.dtype for p in written.values()} == {torch.bfloat16, torch.float32}
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    count = sum(p.numel() for p in trained.values())
+    assert f"{len(trained)} parameters, {count:,} numbers, after step 2 of run {run.name}" in capsys.readouterr().out
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    in_file = sum(p.numel() * p.element_size() for p in trained.values())
+    assert (tmp_path / "model.safetensors").stat().st_size < in_file + 10_000  # views do not drag their buffers along
+
+
+def test_the_metadata_is_what_the_readme_says(exported, one_rank):
+    config, run = one_rank
+    with safetensors.safe_open(exported, framework="pt") as file:
+        metadata, params = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    table = re.findall(r"^\| metadata `(\w+)` \|", (RECORDS / "README.md").read_text(), re.M)
+    assert table == ["format", "config", "step", "script", "run_id", "sha256"] and set(table) == metadata.keys()
+    assert metadata["format"] == "smear-mtp weights 1" and metadata["step"] == "8" and metadata["run_id"] == run.name
+    assert metadata["script"] == hashlib.sha256(Path(tgm.__file__).read_bytes().strip()).hexdigest()
+    content = b"".join(f"{name} {p.dtype} {list(p.shape)}\n".encode() + p.numpy().tobytes()
+                       for name, p in sorted(params.items()))
+    assert metadata["sha256"] == hashlib.sha256(content).hexdigest()
+    constants = json.loads(metadata["config"])
+    assert constants["vocab_size"] == 257 and constants["dtype"] == "torch.float32"
+    assert weights.parse_config(constants, exported) == tgm.replace(config, data_dir="data/text")
+
+
+def test_a_step_may_be_named(one_rank, tmp_path):
+    for step in (4, 8):
+        weights.main(["export", str(one_rank[1] / f"step_00000{step}"), str(tmp_path / f"{step}")])
+        assert weights.read_weights(tmp_path / f"{step}").step == step
+
+
+def test_the_last_step_that_all_ranks_completed_counts(two_ranks, tmp_path, capsys):
+    run = Path(shutil.copytree(two_ranks[1], tmp_path / "run"))
+    assert weights.find_step(run).name == "step_000002"
+    (run / "step_000002" / "rank_1.pt").unlink()
+    assert weights.find_step(run).name == "step_000001"
+    assert "rank_1.pt is missing" in refusal(capsys, "export", run / "step_000002", tmp_path / "x")
+    (run / "step_000001" / "rank_0.pt").unlink()
+    assert "holds no step with the parts of all ranks" in refusal(capsys, "export", run, tmp_path / "x")
+
+
+# ---- evaluate
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_one_rank_evaluates_to_the_log_s_digits(one_rank, exported, capsys, step):
+    config, run = one_rank
+    for source in (run / f"step_00000{step}", *([exported, run] if step == 8 else [])):
+        capsys.readouterr()
+        assert weights.main(["evaluate", str(source), "--data", config.data_dir]) == 0
+        assert capsys.readouterr().out == f"step:{step}/8 val_loss:{logged_losses(run)[step]}\n"
+    windows = [tgm.num_window_blocks(step, config) for step in (4, 8)]
+    assert windows[0] != windows[1]  # each with its own
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_two_ranks_evaluate_to_the_log_s_digits(two_ranks, one_thread, capsys, step):
+    """Sums of a few fp32 losses are exact in fp64, in any order."""
+    config, run, _ = two_ranks
+    assert weights.main(["evaluate", str(run / f"step_00000{step}"), "--data", config.data_dir]) == 0
+    assert capsys.readouterr().out == f"step:{step}/2 val_loss:{logged_losses(run)[step]}\n"
+
+
+def test_the_data_may_be_named_as_for_training(one_rank, monkeypatch, capsys):
+    monkeypatch.setenv("DATA_PATH", one_rank[0].data_dir)
+    assert weights.main(["evaluate", str(one_rank[1])]) == 0
+    assert logged_losses(one_rank[1])[8] in capsys.readouterr().out
+
+
+def test_weights_of_another_script_are_named_as_such(one_rank, exported, monkeypatch, tmp_path, capsys):
+    script = Path(shutil.copy(tgm.__file__, tmp_path / "train_gpt_medium.py"))
+    script.write_text(script.read_text() + "# another\n")
+    for source in (exported, one_rank[1]):
+        weights.read_weights(source)
+        assert capsys.readouterr().err == ""
+        with monkeypatch.context() as patch:
+            patch.setattr(tgm, "__file__", str(script))
+            weights.read_weights(source)
+        assert "made by another version of train_gpt_medium.py" in capsys.readouterr().err
+
+
+# ---- sample
+
+@pytest.fixture
+def model() -> tgm.GPT:
+    """With as many embeddings as the record has, and no zeros."""
+    torch.manual_seed(0)
+    model = tgm.GPT(small_config(dtype=torch.float32))
+    randomise(model)
+    return model
+
+
+def draw(model, prompt=(), num_tokens=5, temperature=1.0, seed=0, step=3) -> list[int]:
+    return list(weights.sample_ids(model, step, list(prompt), num_tokens, temperature, seed))
+
+
+def test_tokens_are_drawn_by_what_the_whole_text_says_at_their_place(model):
+    """Looked up in one pass over the finished text, padded otherwise, past the first block's border."""
+    prompt = random_ids(124, model.config, mean_doc=10**9).tolist()
+    ids = draw(model, prompt, num_tokens=12, seed=7)
+    text = [model.config.doc_token, *prompt, *ids]
+    padded = torch.tensor(text + [model.config.doc_token] * (256 - len(text)))
+    with torch.no_grad():
+        window = tgm.as_window(tgm.num_window_blocks(3, model.config), CPU)
+        logits = plain_twin.GPT.logits(model, model.latents(padded, window))[len(prompt):len(text) - 1]
+    rng = torch.Generator().manual_seed(7)
+    expected = [weights.next_probabilities(row, model.config, 1.0).multinomial(1, generator=rng).item()
+                for row in logits]
+    assert ids == expected and len(set(ids)) > 6
+    assert draw(model, prompt, num_tokens=1, temperature=0) == [logits[0, :257].argmax().item()]
+
+
+def test_probabilities_are_the_loss_s_without_the_padded_rows(model):
+    with torch.no_grad():
+        latents = model.latents(random_ids(128, model.config), tgm.as_window(1, CPU))[-1:]
+        losses = tgm.cross_entropy((latents @ model.lm_head.mT).repeat(257, 1), torch.arange(257), 15.0, False)
+        logits = weights.audit.logits_of(latents, model.lm_head, 15.0)[0]
+    expected = losses.double().neg().exp()
+    ours = weights.next_probabilities(logits, model.config, 1.0)
+    assert len(ours) == 257 and expected.sum() < 0.9
+    # A loss's rounding, as audit.probability_tolerance derives it, in numerator and sum.
+    torch.testing.assert_close(ours, expected / expected.sum(), atol=0, rtol=2 * weights.audit.probability_tolerance(
+        model.config, 384))
+    colder = weights.next_probabilities(logits, model.config, 0.5)
+    torch.testing.assert_close(colder, ours ** 2 / (ours ** 2).sum(), atol=0, rtol=1e-12)
+
+
+def test_draws_follow_the_seed(model):
+    first, again, other = (draw(model, num_tokens=20, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def give_logit(model, token: int, z: float) -> None:
+    """To `token`'s row of the head, at the document token that begins a text; not yet capped."""
+    ids = torch.zeros(128, dtype=torch.int32)
+    ids[0] = model.config.doc_token
+    with torch.no_grad():
+        latent = model.latents(ids, tgm.as_window(1, CPU))[0]
+        model.lm_head[token] = z * latent / latent.square().sum()
+
+
+def test_a_document_token_ends_the_text_and_padded_rows_are_never_drawn(model):
+    for token, z in ((11, 20.0), (300, 40.0)):  # the latter is no id
+        give_logit(model, token, z)
+    assert draw(model, num_tokens=1, temperature=0) == [11]
+    give_logit(model, model.config.doc_token, 30.0)
+    assert draw(model, temperature=0) == []
+
+
+def test_the_command_prints_prompt_and_text(exported, capsys):
+    assert weights.main(["sample", str(exported), "--prompt", "naïve ", "--tokens", "7"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("naïve ") and len(text) > len("naïve \n")
+    assert "exceed the 512 positions" in refusal(capsys, "sample", exported, "--tokens", 512)
+    assert weights.main(["sample", str(exported), "--tokens", "1", "--prompt", "x" * 510]) == 0
+    assert "out of range" in refusal(capsys, "sample", exported, "--temperature", -1)
+    assert "out of range" in refusal(capsys, "sample", exported, "--tokens", 0)
+
+
+def test_vocabularies(monkeypatch):
+    def find(vocab_size, doc_token):
+        return weights.find_vocabulary(small_config(vocab_size=vocab_size, doc_token=doc_token))
+
+    text = "déjà \udcff"  # an argument that was not UTF-8
+    assert find(257, 256).encode(text) == [*"déjà ".encode(), 255]
+    assert find(257, 256).decode([104, 105, 255]) == "hi\ufffd"
+    with pytest.raises(tgm.UserError, match="not one of 509 ids with document id 508"):
+        find(509, 508)
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    with pytest.raises(tgm.UserError, match="pip install tiktoken"):
+        find(50257, 50256)
+
+    class Offline:
+        @staticmethod
+        def get_encoding(name):
+            raise ConnectionError
+
+    monkeypatch.setitem(sys.modules, "tiktoken", Offline)
+    with pytest.raises(tgm.UserError, match=r"cannot get GPT-2's vocabulary \(ConnectionError\)"):
+        find(50257, 50256)
+
+
+# ---- bad input
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+BAD_PARTS = {
+    "cut": (lambda path: path.write_bytes(path.read_bytes()[:-1000]), "torn or damaged"),
+    "empty": (lambda path: path.write_bytes(b""), "torn or damaged"),
+    "a byte": (flip_a_byte, "torn or damaged"),
+    "text": (lambda path: path.write_text("not a checkpoint"), "torn or damaged"),
+    "another program's": (lambda path: torch.save({"model": torch.ones(3)}, path), "not a part of a checkpoint"),
+    "another dictionary": (lambda path: torch.save({"made_by": 3, "step": 1, "seed": 1, "shards": {}}, path),
+                           "not a part of a checkpoint"),
+    "missing": (lambda path: path.unlink(), "is missing"),
+}
+
+
+def edited(edit):
+    def rewrite(path: Path) -> None:
+        part = torch.load(path, weights_only=True)
+        edit(part)
+        torch.save(part, path)
+    return rewrite
+
+
+BAD_PARTS |= {
+    "another run's": (edited(lambda part: part["made_by"].update(seed="5")), "of another run or step than rank_0.pt"),
+    "another seed's": (edited(lambda part: part.update(seed=5)), "of another run or step than rank_0.pt"),
+    "another step's": (edited(lambda part: part.update(step=1)), "of another run or step than rank_0.pt"),
+    "a bank missing": (edited(lambda part: part["shards"].pop("embeds")), "other parameters"),
+    "a bank of another shape": (edited(lambda part: part["shards"].update(embeds=torch.ones(3))), "other parameters"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_PARTS)
+def test_a_bad_part_is_refused_by_name(two_ranks, tmp_path, capsys, fault):
+    step = Path(shutil.copytree(two_ranks[1] / "step_000002", tmp_path / "step_000002"))
+    spoil, sentence = BAD_PARTS[fault]
+    spoil(step / "rank_1.pt")
+    said = refusal(capsys, "export", step, tmp_path / "out")
+    assert "rank_1.pt" in said and sentence in said and not (tmp_path / "out").exists()
+
+
+def test_other_constants_are_named(one_rank, tmp_path, capsys):
+    step = Path(shutil.copytree(one_rank[1] / "step_000008", tmp_path / "step_000008"))
+    edited(lambda part: part["made_by"].update(new_idea="1"))(step / "rank_0.pt")
+    assert "other constants than this train_gpt_medium.py's ('new_idea')" in refusal(capsys, "evaluate", step)
+
+
+def rewrite_file(edit):
+    def rewrite(path: Path) -> None:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata, params = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+        edit(metadata, params)
+        safetensors.torch.save_file(params, path, metadata)
+    return rewrite
+
+
+BAD_FILES = {
+    "missing": (lambda path: path.unlink(), "does not exist"),
+    "text": (lambda path: path.write_text("not weights"), "torn or not a safetensors file"),
+    "empty": (lambda path: path.write_bytes(b""), "torn or not a safetensors file"),
+    "cut": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "torn or not a safetensors file"),
+    "another program's": (lambda path: safetensors.torch.save_file({"x": torch.ones(3)}, path), "is of format None"),
+    "a later format": (rewrite_file(lambda metadata, params: metadata.update(format="smear-mtp weights 2")),
+                       "is of format 'smear-mtp weights 2', not 'smear-mtp weights 1'"),
+    "a parameter missing": (rewrite_file(lambda metadata, params: params.pop("embeds")), "lacks embeds"),
+    "a parameter more": (rewrite_file(lambda metadata, params: params.update(x=torch.ones(3))), "lacks x, or has"),
+    "another shape": (rewrite_file(lambda metadata, params: params.update(smear_lambda=torch.ones(1))),
+                      "lacks smear_lambda, or has it in another shape"),
+    "another type": (rewrite_file(lambda metadata, params: params.update(lm_head=params["lm_head"].half())),
+                     "lacks lm_head, or has it in another shape or type"),
+    "a byte": (flip_a_byte, "its tensors do not give the SHA-256 in its metadata"),
+    "no hash": (rewrite_file(lambda metadata, params: metadata.pop("sha256")), "do not give the SHA-256"),
+    "two tensors changed places": (rewrite_file(lambda metadata, params: params.update(
+        {"blocks.0.mlp_fc": params["blocks.1.mlp_fc"], "blocks.1.mlp_fc": params["blocks.0.mlp_fc"]})),
+        "do not give the SHA-256"),
+    "an empty folder": (lambda path: (path.unlink(), path.mkdir()), "holds no checkpoint"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_FILES)
+def test_a_bad_file_is_refused_by_name(exported, tmp_path, capsys, fault):
+    path = Path(shutil.copy(exported, tmp_path / "weights.bin"))
+    spoil, sentence = BAD_FILES[fault]
+    spoil(path)
+    for command in ("evaluate", "sample", "audit"):
+        said = refusal(capsys, command, path)
+        assert "weights.bin" in said and sentence in said
+
+
+BAD_DATA = {
+    "none": (lambda path: path.unlink(), "holds 0 files *_val_000000.bin"),
+    "two": (lambda path: shutil.copy(path, path.with_name("mine_val_000000.bin")), "holds 2 files"),
+    "another vocabulary": (lambda path: write_shard(path, [1] * 2049, 50257, 50256), "vocabulary of 50257"),
+    "too few tokens": (lambda path: write_shard(path, [1] * 2048), "is too short: validation needs 2,049 tokens"),
+    "damaged": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "is damaged"),
+    "ids outside": (lambda path: write_shard(path, [300] * 2049), "holds id 300"),
+}
+
+
+@pytest.mark.parametrize("command", ["evaluate", "audit"])
+@pytest.mark.parametrize("fault", BAD_DATA)
+def test_bad_data_is_refused_by_name(exported, one_rank, tmp_path, capsys, command, fault):
+    path = Path(shutil.copy(Path(one_rank[0].data_dir) / "text_val_000000.bin", tmp_path))
+    spoil, sentence = BAD_DATA[fault]
+    spoil(path)
+    assert sentence in refusal(capsys, command, exported, "--data", tmp_path)
+
+
+def test_what_cannot_be_written_leaves_nothing(one_rank, exported, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "no folder" / "out", tmp_path / "file" / "out", tmp_path):
+        assert "cannot be written" in refusal(capsys, "export", one_rank[1], out)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert not list(tmp_path.parent.glob("*.unfinished"))
+
+
+def test_without_safetensors_checkpoints_still_serve(one_rank, exported, monkeypatch, tmp_path, capsys):
+    for name in ("safetensors", "safetensors.torch"):
+        monkeypatch.setitem(sys.modules, name, None)
+    sentence = "safetensors is not installed: pip install -r records/requirements.txt"
+    assert sentence in refusal(capsys, "export", one_rank[1], tmp_path / "out")
+    assert sentence in refusal(capsys, "evaluate", exported)
+    assert weights.main(["evaluate", str(one_rank[1]), "--data", one_rank[0].data_dir]) == 0
+
+
+def test_from_any_folder_as_a_command(tmp_path):
+    command = [sys.executable, str(RECORDS / "weights" / "weights.py"), "evaluate", "nowhere"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("weights.py: nowhere does not exist: ") and done.stderr.count("\n") == 1
