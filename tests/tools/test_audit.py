@@ -1,4 +1,4 @@
-"""records/audit.py: a trained model passes every check, and every check catches what it is for."""
+"""records/weights/audit.py: a trained model passes every check, and every check catches what it is for."""
 import random
 import struct
 from pathlib import Path
