@@ -5,12 +5,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 usage() {
     cat <<'TEXT'
-usage: ./run.sh [medium|short|tiny]
+usage: ./run.sh [medium|baseline|short|tiny]
 
 Sets up Python, looks at the hardware and trains. It says what it will do first, and it is safe to run again.
   no GPU    makes shards from text that Python carries and trains `tiny`: 2 to 8 minutes on 2 cores
-  GPUs      fetches the FineWeb shards that are missing and trains `medium` (the record), or the preset named, on the
-            largest of 8, 4, 2, 1 of them with torchrun
+  GPUs      fetches the FineWeb shards that are missing and trains `medium` (the record), or the preset named
+            (`baseline`: the same without Smear-MTP, 5,550 steps), on the largest of 8, 4, 2, 1 of them with torchrun
 
 The environment: an active one that satisfies requirements.txt is used as it is; otherwise .venv is made and filled.
 The shards: the preset's folder below data/, or the folder that DATA_PATH names.
@@ -106,7 +106,7 @@ case "${1:-}" in
     --check)
         python=$(set_up_python requirements.txt)
         exec "$python" data/preflight/preflight.py ${2:+"$2"} ;;
-    "" | medium | short | tiny)
+    "" | medium | baseline | short | tiny)
         python=$(set_up_python requirements.txt)
         gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
         if [ "$gpus" = 0 ] && [ "${1:-}" != tiny ] && [ "${CUDA_VISIBLE_DEVICES-0}" ] && nvidia-smi -L >/dev/null 2>&1; then

@@ -77,7 +77,7 @@ def inspect(path, entry, bar):
 
 def find_problems(rows):
     """Sentences, each with a way out, on all that is wrong with the shards and with the set that they make."""
-    problems = [f"{row['name']} is damaged: {row['problem']}; fetch it again (shards.py get) or make it anew"
+    problems = [f"{row['name']} is damaged: {row['problem']}; fetch (shards.py get) or make it again"
                 for row in rows if row["problem"]]
     numbers = {}
     for row in rows:
@@ -116,16 +116,18 @@ def judge_presets(folder, rows):
     Raises ShardError where the trainer cannot be imported.
     """
     trainer, verdicts = load_trainer(), {}
-    for name, config in trainer.PRESETS.items():
-        if (config.vocab_size, config.doc_token) in vocabularies(rows):
-            try:
-                train_shards, val_shard = trainer.find_shards(replace(config, data_dir=str(folder)))
-                used = {shard.path.name for shard in (*train_shards, val_shard)}
-                damaged = " ".join(row["name"] for row in rows if row["problem"] and row["name"] in used)
-                reason = f"{config.num_iterations:,} steps use {len(train_shards)} training shards"
-                verdicts[name] = {"enough": not damaged, "reason": f"{damaged} damaged" if damaged else reason}
-            except trainer.UserError as error:
-                verdicts[name] = {"enough": False, "reason": str(error)}
+    for name, make_config in trainer.PRESETS.items():
+        try:
+            config = replace(make_config(), data_dir=str(folder))
+            if (config.vocab_size, config.doc_token) not in vocabularies(rows):
+                continue
+            train_shards, val_shard = trainer.find_shards(config)
+            used = {shard.path.name for shard in (*train_shards, val_shard)}
+            damaged = " ".join(row["name"] for row in rows if row["problem"] and row["name"] in used)
+            reason = f"{config.num_iterations:,} steps use {len(train_shards)} training shards"
+            verdicts[name] = {"enough": not damaged, "reason": f"{damaged} damaged" if damaged else reason}
+        except trainer.UserError as error:
+            verdicts[name] = {"enough": False, "reason": str(error)}
     return verdicts
 
 

@@ -1,6 +1,7 @@
 """`compare`: two sets of runs - loss, time, and where a time gain comes from: fewer steps or faster steps."""
 import math
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,9 @@ from run_log import RecordError, Run, find_logs, read_log, read_runs
 from tables import format_json, format_table
 
 SLOPE_STEPS = 0.05  # of the run: the last part of the loss curve, whose slope turns loss into steps
-ROWS = 12  # of the tables of curves
+ROWS = 12  # of the tables
+PARTS = {"fewer": "fewer steps", "faster": "faster steps, at equal window and batch", "mix": "other windows or batches",
+         "rest": "the rest: faster steps, other windows or batches"}
 
 
 class Side(NamedTuple):
@@ -36,12 +39,18 @@ class Side(NamedTuple):
     def has_curve(self) -> bool:
         return all(len(run.validations) > 2 for run in self.runs)
 
+    def stated(self, name: str) -> np.ndarray | None:
+        """`windows` or `tokens` of the runs, step by step; None if a log does not state them, or not the same."""
+        values = [getattr(run, name) for run in self.runs]
+        return values[0] if all(v is not None and np.array_equal(v, values[0]) for v in values) else None
+
 
 class Curve(NamedTuple):
     """Means over runs at the steps that all runs validated at."""
     steps: np.ndarray
     losses: np.ndarray
     seconds: np.ndarray
+    tokens: np.ndarray | None  # None: the logs do not state them
 
 
 def read_side(path: Path) -> Side:
@@ -63,62 +72,77 @@ def mean_curve(side: Side) -> Curve:
     steps = sorted(set.intersection(*map(set, by_step)))
     loss = np.array([[points[step].loss for step in steps] for points in by_step]).mean(0)
     seconds = np.array([[points[step].train_ms for step in steps] for points in by_step]).mean(0) / 1000
-    return Curve(np.array(steps), loss, seconds)
+    tokens = side.stated("tokens")
+    return Curve(np.array(steps), loss, seconds, None if tokens is None else tokens[steps])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Fewer steps or faster steps
 
-def window_times(side: Side) -> tuple[np.ndarray, np.ndarray]:
-    """Mean ms per step by long window in blocks, [runs, W + 1], nan for a window without steps; its steps, [W + 1].
+class Steps(NamedTuple):
+    """The timed steps of both sides by kind. A kind is a pair: tokens of the batch, and long window in blocks."""
+    kinds: np.ndarray  # [K, 2], sorted
+    counts: list[np.ndarray]  # of A and of B, [K]
+    ms: list[np.ndarray]  # per step, [runs, K]; 0 where a side has no such step
 
-    Steps that the log does not time (the first ten of 2024's scripts) are left out of both.
+
+def logged_kinds(side: Side) -> np.ndarray | None:
+    """The kind of every step, [steps, 2]; None if the logs do not state it."""
+    tokens, windows = side.stated("tokens"), side.stated("windows")
+    return None if tokens is None or windows is None else np.stack([np.diff(tokens), windows], axis=1)
+
+
+def shares_of_run(side: Side, num_shares: int) -> np.ndarray:
+    """In place of kinds, where logs do not state them: (0, number of the equal part of the run), [steps, 2]."""
+    steps = np.arange(side.num_iterations)
+    return np.stack([0 * steps, steps * num_shares // side.num_iterations], axis=1)
+
+
+def sort_steps(sides: tuple[Side, Side], kinds: list[np.ndarray]) -> Steps:
+    """kinds: of every step, for each side. Steps that a log does not time (the first ten in 2024) are left out."""
+    durations = [np.stack([run.step_durations() for run in side.runs]) for side in sides]
+    timed = [np.isfinite(ms).all(0) for ms in durations]
+    found = np.unique(np.concatenate([kind[known] for kind, known in zip(kinds, timed)]), axis=0)
+    members = [(kind[:, None] == found).all(2) & known[:, None] for kind, known in zip(kinds, timed)]
+    counts = [member.sum(0) for member in members]
+    return Steps(found, counts, [np.nan_to_num(ms) @ member / np.maximum(count, 1)
+                                 for ms, member, count in zip(durations, members, counts)])
+
+
+def decompose(steps: Steps) -> dict[str, Interval]:
+    """The time difference in seconds as a sum of PARTS, each with an interval over runs.
+
+    N steps, a share p(k) of them of kind k at t(k) each, take N m with m = sum p(k) t(k). So T_b - T_a is exactly
+    `fewer`, N_b - N_a times the mean m, plus the mean N times m_b - m_a. The latter is `faster`, the sum of t_b - t_a
+    times the mean p over the kinds that both have, plus `mix`: p_b - p_a times the mean t, and kinds that one side
+    alone has. A mean over all steps would mix these two, since the window grows during the run.
     """
-    windows = side.runs[0].window_blocks()
-    durations = np.stack([run.step_durations() for run in side.runs])
-    timed = np.isfinite(durations).all(0)
-    counts = np.bincount(windows[timed])
-    sums = np.stack([np.bincount(windows[timed], weights=row[timed]) for row in durations])
-    return sums / np.where(counts, counts, math.nan), counts
+    (count_a, count_b), (ms_a, ms_b) = steps.counts, steps.ms
+    num_a, num_b = count_a.sum(), count_b.sum()
+    p_a, p_b = count_a / num_a, count_b / num_b
+    half_change, num_steps, shared = (num_b - num_a) / 2000, (num_a + num_b) / 2000, (p_a > 0) & (p_b > 0)
+    equal, half_mix = shared * num_steps * (p_a + p_b) / 2, num_steps * (p_b - p_a) / 2
+    return {"fewer": welch(-half_change * ms_a @ p_a, half_change * ms_b @ p_b),
+            "faster": welch(ms_a @ equal, ms_b @ equal),
+            "mix": welch(ms_a @ np.where(shared, -half_mix, num_steps * p_a),
+                         ms_b @ np.where(shared, half_mix, num_steps * p_b))}
 
 
-def same_windows(a: Side, b: Side) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
-    """window_times of both over the windows that either has; a window that one side skips is interpolated."""
-    times, counts = zip(window_times(a), window_times(b))
-    size = max(map(len, counts))
-    counts = [np.pad(count, (0, size - len(count))) for count in counts]
-    used = np.flatnonzero(counts[0] + counts[1])
-    filled = []
-    for time in times:
-        known = np.flatnonzero(np.isfinite(time[0]))
-        filled.append(np.stack([np.interp(used, known, row[known]) for row in time]))
-    return filled, [count[used] for count in counts], used
+def step_time_rows(steps: Steps) -> list[tuple[tuple, int, dict]]:
+    """ms per step at equal kind, a row for neighbouring windows of one batch: (first kind, last window, numbers).
 
-
-def decompose(a: Side, b: Side) -> dict[str, Interval]:
-    """The time difference in seconds as `fewer` + `faster`, each with an interval over runs.
-
-    With N(w) steps at window w, each of t(w): T = sum N t, so T_b - T_a = sum (N_b - N_a) (t_a + t_b) / 2
-    + sum (t_b - t_a) (N_a + N_b) / 2, exactly. The sums run over windows because the window grows during the run:
-    an average over all steps would mix the two.
+    Kinds that one side alone has stand in rows of their own.
     """
-    (time_a, time_b), (count_a, count_b), _ = same_windows(a, b)
-    half_change, mean_count = (count_b - count_a) / 2000, (count_a + count_b) / 2000
-    return {"fewer": welch(-(time_a @ half_change), time_b @ half_change),
-            "faster": welch(time_a @ mean_count, time_b @ mean_count)}
-
-
-def step_time_rows(a: Side, b: Side) -> list[dict]:
-    """ms per step at equal window: groups of neighbouring windows, so that each row holds many steps."""
-    (time_a, time_b), (count_a, count_b), windows = same_windows(a, b)
-    both = [time.mean(0) for time in (time_a, time_b)]
-    rows = []
-    for group in np.array_split(np.arange(len(windows)), min(ROWS, len(windows))):
-        weights = (count_a + count_b)[group]
-        ms_a, ms_b = (float(np.average(time[group], weights=weights)) for time in both)
-        rows.append({"window_blocks": [int(windows[group[0]]), int(windows[group[-1]])],
-                     "steps_a": int(count_a[group].sum()), "steps_b": int(count_b[group].sum()),
-                     "ms_a": ms_a, "ms_b": ms_b})
+    kinds, rows = list(map(tuple, steps.kinds.tolist())), []
+    size = math.ceil(len(kinds) / ROWS)
+    for _, group in groupby(range(len(kinds)), lambda k: (kinds[k][0], *(bool(count[k]) for count in steps.counts))):
+        group = list(group)
+        for row in (group[start:start + size] for start in range(0, len(group), size)):
+            counts, weights = [count[row].sum() for count in steps.counts], sum(steps.counts)[row]
+            ms = [float(np.average(ms.mean(0)[row], weights=weights)) if count else math.nan
+                  for ms, count in zip(steps.ms, counts)]
+            rows.append((kinds[row[0]], kinds[row[-1]][1], {"steps_a": int(counts[0]), "steps_b": int(counts[1]),
+                                                            "ms_a": ms[0], "ms_b": ms[1]}))
     return rows
 
 
@@ -126,16 +150,28 @@ def step_time_rows(a: Side, b: Side) -> list[dict]:
 # Loss curves
 
 def loss_rows(a: Curve, b: Curve) -> dict[str, list[dict]]:
-    """Loss of both at equal step, and at equal train time (linear between validations)."""
+    """Loss of both at equal step, at equal train time and, if they are not the same, at equal number of tokens.
+
+    Between validations it is linear.
+    """
     steps = np.intersect1d(a.steps, b.steps)
     steps = steps[np.unique(np.linspace(0, len(steps) - 1, ROWS).astype(int))] if len(steps) else steps
     at_step = [{"step": int(step), "loss_a": float(a.losses[a.steps == step][0]),
                 "loss_b": float(b.losses[b.steps == step][0])} for step in steps]
-    end = min(a.seconds[-1], b.seconds[-1])
-    at_time = [{"seconds": float(s), "loss_a": float(np.interp(s, a.seconds, a.losses)),
-                "loss_b": float(np.interp(s, b.seconds, b.losses))} for s in np.linspace(end / ROWS, end, ROWS)] \
-        if np.isfinite([*a.seconds, *b.seconds]).all() else []
-    return {"step": at_step, "time": at_time}
+    rows = {"step": at_step, "time": [], "tokens": []}
+    if np.isfinite([*a.seconds, *b.seconds]).all():
+        rows["time"] = rows_at_equal("seconds", a, b)
+    if a.tokens is not None and b.tokens is not None and any(
+            a.tokens[a.steps == row["step"]] != b.tokens[b.steps == row["step"]] for row in at_step):
+        rows["tokens"] = rows_at_equal("tokens", a, b)
+    return rows
+
+
+def rows_at_equal(name: str, a: Curve, b: Curve) -> list[dict]:
+    x_a, x_b = getattr(a, name), getattr(b, name)
+    end = min(x_a[-1], x_b[-1])
+    return [{name: float(x), "loss_a": float(np.interp(x, x_a, a.losses)), "loss_b": float(np.interp(x, x_b, b.losses))}
+            for x in np.linspace(end / ROWS, end, ROWS)]
 
 
 def final_slope(curve: Curve) -> tuple[float, int]:
@@ -161,8 +197,9 @@ def warnings_for(a: Side, b: Side) -> list[str]:
             lines.append(f"{side.name} is one run: no interval, no test")
         if side.skipped:
             lines.append(f"{side.name}: {side.skipped} unfinished runs are left out")
-    if a.runs[0].max_window != b.runs[0].max_window:
-        lines.append(f"the windows grow to {a.runs[0].max_window} and {b.runs[0].max_window} tokens")
+        if side.has_curve and logged_kinds(side) is None:
+            lines.append(f"{side.name}: the logs do not state the windows and batches of the steps, or not the same; "
+                         f"faster steps cannot be told from other windows or batches")
     return lines
 
 
@@ -184,9 +221,31 @@ def compare_sides(a: Side, b: Side) -> dict:
         result |= {"loss_at_equal": loss_rows(*curves), "loss_per_step_at_the_end": slope, "slope_from_step": start,
                    "loss_difference_in_steps": result["loss_difference"]["value"] / slope if slope else math.nan}
         if math.isfinite(curves[0].seconds[-1] + curves[1].seconds[-1]):
-            result |= {"decomposition": {name: asdict(part) for name, part in decompose(a, b).items()},
-                       "ms_per_step_at_equal_window": step_time_rows(a, b)}
+            result |= explain_times(a, b)
     return result
+
+
+def explain_times(a: Side, b: Side) -> dict:
+    """The parts of the time difference, and ms per step at equal window and batch. Where a log does not state these:
+    no parts but fewer steps and the rest, and ms per step at equal share of the run."""
+    kinds = [logged_kinds(side) for side in (a, b)]
+    if all(kind is not None for kind in kinds):
+        steps = sort_steps((a, b), kinds)
+        return {"decomposition": {name: asdict(part) for name, part in decompose(steps).items()},
+                "ms_per_step_at_equal_window": [{"tokens": tokens, "windows": [first, last]} | numbers
+                                                for (tokens, first), last, numbers in step_time_rows(steps)]}
+    num_shares = min(ROWS, a.num_iterations, b.num_iterations)
+    all_alike, by_share = (sort_steps((a, b), [shares_of_run(side, num) for side in (a, b)]) for num in (1, num_shares))
+    parts = decompose(all_alike)
+    return {"decomposition": {"fewer": asdict(parts["fewer"]), "rest": asdict(parts["faster"])},
+            "ms_per_step_at_equal_share": [{"share": [first / num_shares, (last + 1) / num_shares]} | numbers
+                                           for (_, first), last, numbers in step_time_rows(by_share)]}
+
+
+def name_row(row: dict) -> list[str]:
+    if "share" in row:
+        return ["{:.0%} to {:.0%}".format(*row["share"])]
+    return [f"{row['tokens']:,}", "-".join(map(str, sorted(set(row["windows"]))))]
 
 
 def report(r: dict) -> str:
@@ -198,23 +257,26 @@ def report(r: dict) -> str:
              f"B - A, {r['confidence']:.0%} intervals over runs (Welch):"]
     rows = [["loss", Interval(**r["loss_difference"]).format("+.6f", " nats/token")],
             ["time", Interval(**r["seconds_difference"]).format("+.3f", " s")]]
-    if "decomposition" in r:
-        rows += [["  fewer steps", Interval(**r["decomposition"]["fewer"]).format("+.3f", " s")],
-                 ["  faster steps", Interval(**r["decomposition"]["faster"]).format("+.3f", " s")
-                  + ", at equal window"]]
+    rows += [[f"  {PARTS[name]}", Interval(**part).format("+.3f", " s")]
+             for name, part in r.get("decomposition", {}).items()]
     if "loss_per_step_at_the_end" in r:
         steps = r["loss_difference_in_steps"]
         rows.append(["loss in steps", f"{abs(steps):.1f} steps {'gained' if steps > 0 else 'lost'}: A's curve falls by "
                      f"{-1e6 * r['loss_per_step_at_the_end']:.2f}e-6 a step from step {r['slope_from_step']:,} on"])
     lines.append(format_table(rows))
-    if "ms_per_step_at_equal_window" in r:
-        lines += ["", "ms/step at equal window (blocks of 128 tokens):", format_table(
-            [["-".join(map(str, sorted(set(row["window_blocks"])))), f"{row['steps_a']:,}", f"{row['steps_b']:,}",
-              f"{row['ms_a']:.2f}", f"{row['ms_b']:.2f}", f"{row['ms_b'] - row['ms_a']:+.2f}"]
-             for row in r["ms_per_step_at_equal_window"]], ["window", "steps A", "steps B", "A", "B", "B - A"])]
-    elif "loss_at_equal" not in r:
+    for key, title, header in (
+            ("window", "equal window and batch", ["tokens of a batch", "window (blocks)"]),
+            ("share", "equal share of the run", ["share"])):
+        table = r.get(f"ms_per_step_at_equal_{key}", [])
+        if table:
+            lines += ["", f"ms/step at {title}:", format_table(
+                [[*name_row(row), f"{row['steps_a']:,}", f"{row['steps_b']:,}",
+                  *(f"{ms:{sign}.2f}" if math.isfinite(ms) else "" for ms, sign in (
+                      (row["ms_a"], ""), (row["ms_b"], ""), (row["ms_b"] - row["ms_a"], "+")))] for row in table],
+                [*header, "steps A", "steps B", "A", "B", "B - A"])]
+    if "loss_at_equal" not in r:
         lines += ["", "No curves on one side: fewer and faster steps cannot be told apart."]
-    for key, title, unit in (("step", "step", ",d"), ("time", "seconds", ",.1f")):
+    for key, title, unit in (("step", "step", ",d"), ("time", "seconds", ",.1f"), ("tokens", "tokens", ",.0f")):
         curve_rows = r.get("loss_at_equal", {}).get(key)
         if curve_rows:
             lines += ["", f"Loss at equal {key}:", format_table(

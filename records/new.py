@@ -14,7 +14,8 @@ from tables import format_markdown, write_text
 RECORDS = Path(__file__).resolve().parent
 LEADERBOARD = ["date", "name", "mean loss +- std (nats/token)", "mean train time (s)", "n (runs)", "hardware", "torch",
                "folder", "status"]
-CAPTIONS = {"loss": "Validation loss against steps and time", "step_time": "Time per step, and the attention window",
+CAPTIONS = {"loss": "Validation loss against steps and time",
+            "step_time": "Time per step, and the attention window where the logs state it",
             "lambdas": "Learned scalars", "final_losses": "Final losses against the target"}
 
 
@@ -80,7 +81,7 @@ def describe_baseline(folder: Path, baseline: list[Run]) -> str:
     r = compare.compare_sides(*map(compare.read_side, (folder / "baseline", folder)))
     rows = [["loss (nats/token)", Interval(**r["loss_difference"]).format("+.6f")],
             ["train time (s)", Interval(**r["seconds_difference"]).format("+.3f")],
-            *([f"of which {name} steps (s)", Interval(**part).format("+.3f")]
+            *([f"of which {compare.PARTS[name]} (s)", Interval(**part).format("+.3f")]
               for name, part in r.get("decomposition", {}).items())]
     loss, seconds = figures_of(baseline)
     return (f"## Baseline\n\nMean loss {loss} nats/token, mean train time {seconds} s; {baseline[0].num_iterations:,} "

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from compare import read_side, window_times
+from compare import Side, read_side
 from inference import TARGET, against_target, format_p, mean_interval
-from run_log import BLOCK_TOKENS, RecordError, Run, find_logs, read_published
+from run_log import RecordError, Run, find_logs, read_published
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's, for all eyes
 WIDTH_INCHES, DPI = 8.8, 200  # twice the 880 pixels of a README's column
@@ -29,7 +29,9 @@ class Series(NamedTuple):
     stds: np.ndarray
     minutes: np.ndarray
     extras: dict[str, tuple[np.ndarray, np.ndarray]]
-    step_times: tuple[np.ndarray, np.ndarray, np.ndarray] | None  # step, ms per step, std over runs
+    # Between validations: step at the beginning, ms per step, std over runs; the last value stands twice.
+    step_times: tuple[np.ndarray, np.ndarray, np.ndarray] | None
+    windows: np.ndarray | None = None  # in blocks, of every step; None if the logs do not state it
 
     @property
     def late(self) -> np.ndarray:
@@ -56,7 +58,8 @@ def series_of_logs(path: Path, name: str) -> Series:
         values = np.array([[points[s].extras[extra] for s in steps] for points in by_step])
         extras[extra] = values.mean(0), spread(values)
     return Series(name, side.runs, side.num_iterations, np.array(steps), table[:, :, 0].mean(0), spread(table[:, :, 0]),
-                  table[:, :, 1].mean(0), extras, step_times_of(side) if side.has_curve else None)
+                  table[:, :, 1].mean(0), extras, step_times_of(side, steps) if side.has_curve else None,
+                  side.stated("windows"))
 
 
 def spread(values: np.ndarray) -> np.ndarray:
@@ -64,11 +67,12 @@ def spread(values: np.ndarray) -> np.ndarray:
     return values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
 
 
-def step_times_of(side) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of every step, ms per step averaged over the steps of its window, and the spread over runs."""
-    times, _ = window_times(side)
-    windows = side.runs[0].window_blocks()
-    return np.arange(len(windows)), times.mean(0)[windows], spread(times)[windows]
+def step_times_of(side: Side, steps: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Series.step_times. Validations are exact, single steps jitter; steps before the clock are left out."""
+    durations = np.stack([run.step_durations() for run in side.runs])
+    edges = np.unique(np.maximum(steps, side.runs[0].clock_start))
+    ms = np.stack([durations[:, begin:end].mean(1) for begin, end in zip(edges, edges[1:])], axis=1)
+    return edges, *(np.append(values, values[-1]) for values in (ms.mean(0), spread(ms)))
 
 
 def series_of_figures(path: Path, name: str) -> tuple[Series, dict]:
@@ -163,20 +167,23 @@ def loss_figure(plt, all_series: list[Series]):
 
 
 def step_time_figure(plt, all_series: list[Series]):
-    """ms per step against the step, above the long window that makes it grow."""
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(WIDTH_INCHES, 4.4), sharex=True, height_ratios=(2, 1))
+    """ms per step against the step, above the long window if the logs state it."""
+    stated = [(series, colour) for series, colour in zip(all_series, COLOURS) if series.windows is not None]
+    figure, grid = plt.subplots(2 if stated else 1, 1, figsize=(WIDTH_INCHES, 4.4 if stated else 3.1), sharex=True,
+                                height_ratios=(2, 1) if stated else None, squeeze=False)
+    top, bottom = grid[0, 0], grid[-1, 0]
     for series, colour in zip(all_series, COLOURS):
         steps, ms, sigma = series.step_times
         top.step(steps, ms, color=colour, where="post")
         top.fill_between(steps, ms - sigma, ms + sigma, color=colour, alpha=0.25, linewidth=0, step="post")
-        windows = series.runs[0].window_blocks() * BLOCK_TOKENS
-        bottom.step(np.arange(len(windows)), windows, color=colour, where="post")
     label_ends(top, [(s.step_times[1][-1], f"{s.step_times[1][-1]:.1f} ms", c) for s, c in zip(all_series, COLOURS)])
-    label_ends(bottom, [(windows[-1], f"{windows[-1]:,} tokens", "black")])
-    top.set_title("Training time per step, mean over runs")
+    top.set_title("Training time per step between validations, mean over runs")
     top.set_ylabel("ms/step")
-    bottom.set_title("Long attention window, by the schedule")
-    bottom.set_ylabel("tokens")
+    for series, colour in stated:
+        bottom.step(np.arange(len(series.windows)), series.windows, color=colour, where="post")
+        bottom.set_title("Long attention window, from the logs")
+        bottom.set_ylabel("blocks")
+    label_ends(bottom, [(s.windows[-1], f"{s.windows[-1]}", c) for s, c in stated])
     count_steps(bottom)
     name_series(top, all_series, right=False)
     return figure

@@ -13,6 +13,7 @@ STATISTIC = re.compile(r"mean|avg|average|std|min|max|total", re.I)
 LOSS_MARGIN = 0.02  # nats/token: a figure this near the runs' losses is taken for a loss
 TIME_MARGIN = 0.05  # of the runs' time: a figure this near is taken for a time
 SECONDS = {"ms": 0.001, "m": 60.0}
+FP32 = 2.0 ** -22  # twice fp32's spacing: as much as torch's mean of some runs in fp32 may be off, relatively
 
 
 class Figure(NamedTuple):
@@ -24,8 +25,12 @@ class Figure(NamedTuple):
     listed: bool
 
     def rounds(self, value: float, scale: float = 1.0) -> bool:
-        """Whether `value` printed in units of `scale` with this many decimals is this figure."""
-        return abs(self.value - value / scale) <= 0.5 * 10.0 ** -self.decimals * (1 + 1e-6)
+        """Whether `value`, computed in fp64 or in fp32 and printed in units of `scale`, is this figure.
+
+        Decimals that fp32 does not hold are not compared: scripts often print fp32 means with all their digits.
+        """
+        allowed = max(0.5 * 10.0 ** -self.decimals * (1 + 1e-6), FP32 * self.value)
+        return abs(self.value - value / scale) <= allowed
 
 
 def read_figures(text: str) -> list[Figure]:

@@ -88,11 +88,12 @@ def add_planning_commands(commands) -> None:
 
     running = add_command(commands, "campaign", lambda args: campaign.campaign(
         args.a, args.b, args.runs, args.preset, args.out, args.json),
-        "run two scripts in turn (A B B A ...) through run.sh, keep every run, and compare them")
-    running.add_argument("a", metavar="A", help="a script, or CONSTANT=value[,CONSTANT=value] for train_gpt_medium.py")
-    running.add_argument("b", metavar="B", help="a script, or CONSTANT=value[,CONSTANT=value] for a copy of A's script")
+        "run two sides in turn (A B B A ...) through run.sh, keep every run, and compare them")
+    running.add_argument("a", metavar="A", help="a preset of train_gpt_medium.py, such as baseline; a script; or "
+                                                "CONSTANT=value[,CONSTANT=value], edits of train_gpt_medium.py")
+    running.add_argument("b", metavar="B", help="the same, but edits are of the script or preset that A names")
     running.add_argument("-n", "--runs", type=int, required=True, help="runs of each")
-    running.add_argument("--preset", default="medium", choices=("medium", "short", "tiny"), help="(%(default)s)")
+    running.add_argument("--preset", default="medium", help="of a script, and of A if it is edits (%(default)s)")
     running.add_argument("--out", type=Path, default=Path("logs") / time.strftime("campaign-%Y%m%d-%H%M%S"),
                          help="a new folder for scripts, logs and consoles (default: logs/campaign-DATE-TIME)")
 

@@ -1,9 +1,10 @@
 """Reads the log of one training run: ours, and those of the modded-nanogpt project since late 2024.
 
 A log is the script's source, a line of =, versions and nvidia-smi, a line of =, then `step:125/5535 val_loss:4.263118
-train_time:28554ms step_avg:228.43ms` lines, with or without further fields, and the peak memory. Reading is liberal
-(4 or 6 decimals, train losses, steps without a clock, a last line without its end, which is left out since it may be
-cut within a number); judging is left to the rules of `check`.
+train_time:28554ms step_avg:228.43ms` lines, with or without further fields, and the peak memory. Our step lines state
+the tokens trained on so far and the long window of the step; other logs do not, and nothing here computes them.
+Reading is liberal: 4 or 6 decimals, train losses, steps without a clock. A last line without its end is left out, since
+it may be cut within a number. Judging is left to the rules of `check`.
 """
 import json
 import math
@@ -19,8 +20,6 @@ FIELD = re.compile(r"([A-Za-z_]\w*):\s*(\S+)")
 NUMBER = re.compile(r"([-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|nan|inf))(ms|s)?$", re.I)
 # llm.c's lines: one run of 2024 was logged by them.
 LLM_C_LINE = re.compile(r"^s:\d+ (?:tel|trl):", re.M)
-SCHEDULE_MAX_WINDOW = 3456  # tokens, where the log does not say
-BLOCK_TOKENS = 128
 NOT_LOGS = ("requirements", "readme", "license", "citation")
 
 
@@ -61,7 +60,8 @@ class Environment:
 
 @dataclass(frozen=True)
 class Run:
-    """One log. `step_ms` are (step, cumulative train ms) of the step lines, in the order of the file."""
+    """One log. `step_ms` are (step, cumulative train ms) of the step lines, in the order of the file; `step_fields` are
+    the further numbers of these lines, by step and name."""
     path: Path
     num_iterations: int
     validations: list[Validation]
@@ -70,6 +70,7 @@ class Run:
     environment: Environment = Environment()
     constants: dict[str, str] = field(default_factory=dict)  # our logs print every constant and the seed
     peak_memory_mib: int | None = None
+    step_fields: dict[int, dict[str, float]] = field(default_factory=dict)
 
     @classmethod
     def of_figures(cls, path: Path, loss: float, seconds: float = math.nan, num_iterations: int = 0,
@@ -83,7 +84,7 @@ class Run:
 
     @property
     def resumed_from(self) -> str:
-        """The checkpoint that the run went on from; empty if it began at the beginning."""
+        """The checkpoint that the run was resumed from; empty if it began at the beginning."""
         return self.constants.get("resumed from", "")
 
     @property
@@ -104,17 +105,22 @@ class Run:
         first = self.validations[0].step_avg_ms if self.validations else None
         return 10 if first is not None and math.isnan(first) and self.num_iterations > 10 else 0
 
-    @property
-    def max_window(self) -> int:
-        """Tokens at the end of the schedule: the log's own constant, otherwise the record's."""
-        value = self.constants.get("max_window", "")
-        return int(value) if value.isdigit() else SCHEDULE_MAX_WINDOW
+    def _of_steps(self, name: str) -> list[int]:
+        """A field of every step line; empty if one of the lines lacks it."""
+        values = [self.step_fields.get(step, {}).get(name, math.nan) for step in range(1, self.num_iterations + 1)]
+        return [int(value) for value in values] if all(map(math.isfinite, values)) else []
 
-    def window_blocks(self) -> np.ndarray:
-        """Long window of every step in blocks of 128 tokens, [num_iterations]: SPEC's 4p^3 - 6p^2 + 3p, rounded up."""
-        p = np.arange(self.num_iterations) / self.num_iterations
-        tokens = self.max_window * (4 * p ** 3 - 6 * p ** 2 + 3 * p)
-        return np.maximum(1, np.ceil(tokens / BLOCK_TOKENS)).astype(int)
+    @property
+    def windows(self) -> np.ndarray | None:
+        """Long window of every step in blocks, [num_iterations]; None if the log does not state it."""
+        windows = self._of_steps("window_blocks")
+        return np.array(windows) if windows else None
+
+    @property
+    def tokens(self) -> np.ndarray | None:
+        """Tokens trained on after 0, 1, ... steps, [num_iterations + 1]; None if the log does not state them."""
+        tokens = self._of_steps("tokens")
+        return np.array([0, *tokens]) if tokens else None
 
     def step_durations(self) -> np.ndarray:
         """Milliseconds of every step, [num_iterations], nan where the log does not tell.
@@ -193,10 +199,11 @@ def parse_constants(text: str) -> dict[str, str]:
 
 
 def parse_lines(text: str, path: Path):
-    """(num_iterations, validations, step_ms) of the step lines. Raises RecordError where they contradict each other."""
+    """(num_iterations, validations, step_ms, step_fields). Raises RecordError where the lines contradict each other."""
     totals: set[int] = set()
     validations: list[Validation] = []
     step_ms: list[tuple[int, float]] = []
+    step_fields: dict[int, dict[str, float]] = {}
     for line in text[:text.rfind("\n") + 1].splitlines():
         if not line.lstrip().startswith("step:"):
             continue
@@ -213,12 +220,13 @@ def parse_lines(text: str, path: Path):
         if previous and step <= previous[0]:
             raise RecordError(f"{path} holds more than one run (step {step} follows step {previous[0]}): "
                               f"keep one log a run.")
-        if "val_loss" in values:
-            loss, average = values.pop("val_loss"), values.pop("step_avg", None)
-            extras = {name: value for name, value in values.items() if value is not None}
-            validations.append(Validation(step, loss, train_ms, average, extras))
-        else:
+        loss, average = values.pop("val_loss", None), values.pop("step_avg", None)
+        extras = {name: value for name, value in values.items() if value is not None}
+        if loss is None:
             step_ms.append((step, train_ms))
+            step_fields[step] = extras
+        else:
+            validations.append(Validation(step, loss, train_ms, average, extras))
     if not totals:
         raise NoSteps(f"{path} has no step lines: " + (
             "llm.c wrote it (s:… tel:…), without train times and source, so it cannot be judged."
@@ -226,17 +234,17 @@ def parse_lines(text: str, path: Path):
     if len(totals) > 1 or max([s for s, _ in step_ms] + [v.step for v in validations]) > max(totals):
         raise RecordError(f"{path} counts its steps to {', '.join(map(str, sorted(totals)))} and beyond: "
                           f"keep one log a run.")
-    return totals.pop(), validations, step_ms
+    return totals.pop(), validations, step_ms, step_fields
 
 
 def read_log(path: Path) -> Run:
     """One log as a Run. Raises RecordError with one sentence if it is none."""
     text = read_text(path)
     source, environment, rest = split_sections(text)
-    num_iterations, validations, step_ms = parse_lines(rest, path)
+    num_iterations, validations, step_ms, step_fields = parse_lines(rest, path)
     peak = re.search(r"^peak memory\D*(\d+) MiB", rest, re.M)
     return Run(path, num_iterations, validations, step_ms, source, parse_environment(environment),
-               parse_constants(environment), int(peak[1]) if peak else None)
+               parse_constants(environment), int(peak[1]) if peak else None, step_fields)
 
 
 def is_log_name(path: Path) -> bool:

@@ -3,6 +3,8 @@ import os
 
 import pytest
 
+pytest.register_assert_rewrite("helpers")  # so that its failures show both values too
+
 # Before torch is imported: threads that spin while they wait make a busy 2-core machine ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -11,7 +13,22 @@ if not os.path.exists("/dev/nvidiactl"):
     os.environ["TRITON_INTERPRET"] = "1"
 
 # So that no worker is left alone with one of them at the end.
-SLOW_FILES = ("test_cli.py", "test_faults.py", "test_trajectory.py")
+SLOW_FILES = ("test_edits.py", "test_cli.py", "test_faults.py", "test_trajectory.py")
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Everything that has a kernel runs it, with NaN in every output before; two programs share the work."""
+    pytest.importorskip("triton", reason="triton is not installed: its interpreter runs the kernels")
+    import torch
+    import train_gpt_medium as tgm
+    from helpers import DEVICE
+    monkeypatch.setattr(tgm, "runs_kernels", lambda *_: True)
+    monkeypatch.setattr(tgm, "num_multiprocessors", lambda device: 2)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3, device=DEVICE).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by markers

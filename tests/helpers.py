@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RECORDS, GOLDEN = ROOT / "records", ROOT / "tests" / "golden"
 TRAINER = ROOT / "train_gpt_medium.py"
 CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ALONE = tgm.World(rank=0, size=1, device=CPU)
 NUM_STEPS = 3  # outer steps of Snoo after the first and the third
 
@@ -31,12 +32,26 @@ def golden(name: str):
     return json.loads((GOLDEN / name).read_text())
 
 
-def small_config(**changes) -> tgm.Config:
-    """All 16 layers at width 64, in the record's dtypes; slices of 256 tokens."""
-    constants = dict(preset="tiny", vocab_size=257, doc_token=256, num_heads=2, head_dim=32, seq_len=256,
-                     val_seq_len=512, val_tokens=2048, num_iterations=6, max_window=512, snoo_every=2,
-                     momentum_warmup_steps=3, val_every=4, warmup_steps=2, seed=1)
-    return tgm.Config(**(constants | changes))
+def small_config(preset: str = next(iter(tgm.PRESETS)), snoo_every: int = 2, num_slices: int | None = None,
+                 **changes) -> tgm.Config:
+    """A preset of the script at width 64, with slices of 256 tokens: only sizes and lengths are replaced.
+
+    num_slices: one stage of such batches in place of the script's stages.
+    """
+    config = tgm.PRESETS[preset]()
+    if num_slices is not None:
+        changes["stages"] = (tgm.Stage(num_slices=num_slices),)
+    if config.snoo:
+        changes.setdefault("snoo", tgm.replace(config.snoo, every=snoo_every))
+    sizes = dict(shard_prefix="text", vocab_size=257, doc_token=256, num_heads=2, head_dim=32, seq_len=256,
+                 val_seq_len=512, val_tokens=2048, val_every=4, num_iterations=6, max_window=512,
+                 momentum_warmup_steps=3, warmup_steps=2, seed=1, needs_gpu=False)
+    return tgm.replace(config, **({name: size for name, size in sizes.items() if hasattr(config, name)} | changes))
+
+
+def as_window(blocks: int) -> torch.Tensor:
+    """The model's window_blocks."""
+    return torch.tensor(blocks, dtype=torch.int32)
 
 
 def golden_weights(model: tgm.GPT, seed: int) -> None:
@@ -66,48 +81,13 @@ def relative(ours: torch.Tensor, answer) -> float:
     return ((ours.double() - answer).norm() / answer.norm()).item()
 
 
-def assert_known_answer(case: dict, answer: dict) -> None:
-    """A case of golden/model*.json at one of its windows: losses, all gradient norms, attended pairs."""
-    T, window_blocks = case["seq_len"], answer["window_blocks"]
-    config = tgm.Config(seq_len=T, val_seq_len=T, val_tokens=T, dtype=torch.float32, **{
-        name: case[name] for name in ("vocab_size", "doc_token", "num_heads", "head_dim")})
-    model = tgm.GPT(config)
-    golden_weights(model, case["seed"])
-    ids = torch.randint(0, case["doc_token"], (T + 1,), generator=torch.Generator().manual_seed(case["seed"] + 10000))
-    ids[case["doc_starts"]] = case["doc_token"]
-    inputs, targets, window = ids[:-1], ids[1:], tgm.as_window(window_blocks, CPU)
-    loss = model(inputs, targets, window)
-    loss.backward()
-    with torch.no_grad():
-        eval_loss = model(inputs, targets, window)
-
-    # fp32 rounding, as SPEC section 8 states it for a straightforward implementation.
-    assert relative(loss.detach(), answer["train_loss"]) < 5e-7
-    assert relative(eval_loss, answer["eval_loss"]) < 5e-7
-    grads = twin_of({name: p.grad for name, p in model.named_parameters()})
-    for role, grad_norm in answer["grad_norm"].items():
-        kind, *number = role.split(".")
-        name = role if role in grads else f"blocks.{number[0]}.{kind}"
-        assert relative(grads.pop(name).double().norm(), grad_norm) < 1e-6, role
-    assert not grads
-    for name, ours in (("smear_lambda_grad", model.smear_lambda.grad),
-                       ("backout_lambdas_grad", model.backout_lambdas.grad),
-                       ("block_lambdas_grad_layer9", model.block_lambdas.grad[9])):
-        assert relative(ours, answer[name]) < 2e-6, name
-    for name, mask in zip(("long", "short"), tgm.block_masks(inputs, window, case["doc_token"])):
-        attended = tgm.dense_mask(mask).sum(1)
-        assert attended.sum() == answer[f"{name}_attended_pairs"]["total"]
-        assert (attended * (torch.arange(T) % 997)).sum() == answer[f"{name}_attended_pairs"]["weighted"]
-
-
 def randomise(model: tgm.GPT, seed: int = 0) -> None:
-    """Replace every initial zero by something, so that no path of the model is dead."""
-    generator = torch.Generator().manual_seed(seed)
+    """Move every parameter a little, scalars by a tenth, so that no path of the model is dead."""
+    generator, C = torch.Generator().manual_seed(seed), model.config.model_dim
     with torch.no_grad():
-        for name, p in model.named_parameters():
-            std = 0.1 if p.ndim < 2 or "lambdas" in name else 0.5 * model.config.model_dim ** -0.5
-            if "embed" not in name:
-                p += (torch.randn(p.shape, generator=generator) * std).to(p.dtype)
+        for p in model.parameters():
+            std = 0.1 if p.numel() < C else 0.5 * C ** -0.5
+            p += (torch.randn(p.shape, generator=generator) * std).to(p.dtype)
 
 
 def random_ids(num_tokens: int, config: tgm.Config, seed: int = 0, mean_doc: int = 100) -> torch.Tensor:
@@ -131,10 +111,18 @@ def write_shard(path: Path, ids, vocab_size: int = 257, doc_token: int = 256, he
 
 def write_text_folder(folder: Path, config: tgm.Config, seed: int = 0) -> tgm.Config:
     """A training and a validation shard of random ids that suffice for `config`, which is returned pointing there."""
-    num_tokens = config.num_iterations * config.batch_tokens + 1
+    num_tokens = sum(map(config.batch_tokens, range(config.num_iterations))) + 1
     write_shard(folder / "text_train_000001.bin", random_ids(num_tokens, config, seed))
     write_shard(folder / "text_val_000000.bin", random_ids(config.val_tokens + 1, config, seed + 1))
     return tgm.replace(config, data_dir=str(folder))
+
+
+def enter(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Runs are a CPU's in `folder`, on any machine."""
+    patch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "DATA_PATH"):
+        patch.delenv(name, raising=False)
+    patch.chdir(folder)
 
 
 # Every kind of layer.
@@ -148,10 +136,7 @@ def train_few_layers(folder: Path, **changes) -> tuple[tgm.Config, Path]:
         layers=FEW_LAYERS, backout_from=1, dtype=torch.float32, num_slices=2, num_iterations=8, val_every=4,
         checkpoint_every=4) | changes)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-            patch.delenv(name, raising=False)
-        patch.chdir(folder)
+        enter(folder, patch)
         tgm.main(config)
     return config, next((folder / "checkpoints").iterdir())
 
@@ -235,9 +220,9 @@ def run_main(world: tgm.World, config: tgm.Config, stop_after: int = 0, resume_f
 
 
 def train_and_report(world: tgm.World, config: tgm.Config) -> dict:
-    """A few steps from fixed weights: parameters, validation loss, and the ids that this rank saw."""
+    """A few steps from fixed weights: parameters, validation loss, and the ids that this rank saw in each."""
     torch.manual_seed(5)
-    model = tgm.GPT(config)
+    model = config.make_model()
     randomise(model)
     optimizer = tgm.Optimizer(model, config, world)
     train_shards, val_shard = tgm.find_shards(config)
@@ -247,8 +232,20 @@ def train_and_report(world: tgm.World, config: tgm.Config) -> dict:
         seen.append(inputs)
         tgm.train_step(model, optimizer, inputs, targets, step)
     loader.close()
-    return dict(params={name: p.detach().clone() for name, p in model.named_parameters()}, seen=torch.stack(seen),
+    return dict(params={name: p.detach().clone() for name, p in model.named_parameters()}, seen=seen,
                 val_loss=tgm.evaluate(model, val_shard, NUM_STEPS, world))
+
+
+def assert_one_run(ranks: list[dict], alone: dict) -> None:
+    """Reports of `train_and_report`: the ranks together are the one that was alone, and never drift apart."""
+    for step, (parts, batch) in enumerate(zip(zip(*(rank["seen"] for rank in ranks)), alone["seen"], strict=True)):
+        assert torch.equal(torch.cat(parts), batch), f"step {step}: not the whole batch"
+    for number, rank in enumerate(ranks):
+        apart = [name for name, p in rank["params"].items() if not torch.equal(p, ranks[0]["params"][name])]
+        errors = {name: relative(p, alone["params"][name]) for name, p in rank["params"].items()}
+        assert apart == [], f"ranks {number} and 0 of {len(ranks)} differ"
+        assert {name: error for name, error in errors.items() if not error < 1e-5} == {}  # the order of fp32 sums
+        assert rank["val_loss"] == pytest.approx(alone["val_loss"], abs=1e-5)
 
 
 def give_gradients(model: tgm.GPT, world: tgm.World, step: int) -> None:
@@ -259,7 +256,10 @@ def give_gradients(model: tgm.GPT, world: tgm.World, step: int) -> None:
 
 
 class Watch(TorchDispatchMode):
-    """The collectives that reach the process group, in order, and the memory that tensors made meanwhile take."""
+    """The collectives that reach the process group, in order, and the memory that tensors made meanwhile take.
+
+    Copies to the host, `x.to("cpu", copy=True)`, do not count: they would not take a GPU's.
+    """
     def __init__(self, existing: list[torch.Tensor]):
         super().__init__()
         self.collectives, self.known, self.live, self.peak = [], set(), 0, 0
@@ -271,9 +271,10 @@ class Watch(TorchDispatchMode):
         if function.namespace == "c10d":
             tensors = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
             self.collectives.append((function.overloadpacket.__name__, str(tensors[0].dtype), tensors[0].nbytes))
+        to_host = function is torch.ops.aten._to_copy.default and (kwargs or {}).get("device") == CPU
         for x in tree_leaves(result):
             if isinstance(x, torch.Tensor):
-                self._add(x.untyped_storage(), x.untyped_storage().nbytes())
+                self._add(x.untyped_storage(), 0 if to_host else x.untyped_storage().nbytes())
         return result
 
     def _add(self, storage: torch.UntypedStorage, size: int) -> None:
@@ -295,7 +296,7 @@ def num_bytes(tree) -> int:
 
 def watch_a_step(world: tgm.World, config: tgm.Config) -> dict:
     """Collectives of all steps, outer ones first and last; memory of the second, when all states are there."""
-    model = tgm.GPT(config)
+    model = config.make_model()
     optimizer = tgm.Optimizer(model, config, world)
     watches = []
     for step in range(NUM_STEPS):
@@ -306,7 +307,5 @@ def watch_a_step(world: tgm.World, config: tgm.Config) -> dict:
             optimizer.step(step)
     return dict(collectives=[watch.collectives for watch in watches], step_bytes=watches[1].peak,
                 state_bytes={name: num_bytes(state) for name, state in optimizer.state_dict().items()},
-                numbers={name: bank.shard.numel() for name, bank in optimizer.banks.items()},
-                padding={name: bank.padding for name, bank in optimizer.banks.items()},
                 padding_is_zero=all(not bank.buffer[len(bank.buffer) - bank.padding:].any()
                                     for bank in optimizer.banks.values()))

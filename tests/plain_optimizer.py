@@ -1,5 +1,5 @@
 """The optimizer step as it was when every gradient was all-reduced and every rank updated all of AdamW: the reference
-that the trainer's must equal. Frozen at de3f882; schedules are the trainer's.
+that the trainer's must equal. Frozen at de3f882; schedules are the trainer's, constants the record's.
 """
 from collections.abc import Callable
 from functools import partial
@@ -22,10 +22,7 @@ NEWTON_SCHULZ_COEFFICIENTS = (
 
 
 def newton_schulz(g: Tensor) -> Tensor:
-    """Orthogonalise a batch of matrices [..., rows, cols] approximately, in the dtype of `g` throughout.
-
-    Singular values end up near 1, not at it. Source: Muon [@kellerjordan, 2024].
-    """
+    """Orthogonalise matrices [..., rows, cols] approximately, in the dtype of `g` throughout [@kellerjordan, 2024]."""
     x = g.mT if g.size(-2) > g.size(-1) else g
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for a, b, c in NEWTON_SCHULZ_COEFFICIENTS:
@@ -47,11 +44,10 @@ def split_mantissa(w: Tensor) -> tuple[Tensor, Tensor]:
 
 def muon_update(p: Tensor, grad: Tensor, momentum_buffer: Tensor, smooth: Tensor, mantissa: Tensor, momentum: Tensor,
                 lr: Tensor, decay: Tensor, smoothing: float) -> None:
-    """One Muon step, in place, on a matrix or batch of matrices [..., rows, cols].
+    """One Muon step, in place, on a matrix or batch of matrices [..., rows, cols] [@snimu, modded-nanogpt].
 
     p, grad, smooth: the model's dtype. momentum_buffer: fp32. mantissa: int16, lower half of a bf16 p; unused if p is
     fp32. momentum, lr, decay: zero-dim fp64 tensors on the CPU, so that schedules do not recompile.
-    Smoothing (an average of updates) and mantissas are from the medium track [@snimu, modded-nanogpt].
     """
     fresh = (1 - momentum) * grad.float()
     momentum_buffer.copy_(momentum * momentum_buffer + fresh)
@@ -94,21 +90,9 @@ class Muon:
             for i, (p, _) in enumerate(self.params):
                 dist.broadcast(p.data, src=i % self.world.size)
 
-    def state_dict(self) -> dict[int, dict[str, Tensor]]:
-        return self.state
-
-    def load_state_dict(self, saved: dict[int, dict[str, Tensor]]) -> None:
-        for i, state in self.state.items():
-            for name, tensor in state.items():
-                tensor.copy_(saved[i][name])
-
 
 class Snoo:
-    """Step-K Nesterov outer optimizer: SGD at the last outer weights, with the way since then as the gradient.
-
-    Holds a copy of all parameters and their momentum, in the parameters' dtypes, on every rank.
-    Source: [@dominikkallusky, Snoo, arXiv 2510.15830].
-    """
+    """Step-K Nesterov outer optimizer, on every rank [@dominikkallusky, Snoo, arXiv 2510.15830]."""
     def __init__(self, params: list[nn.Parameter], lr: float, momentum: float):
         self.params = params
         self.outer = [p.detach().clone() for p in params]
@@ -124,22 +108,9 @@ class Snoo:
         for outer, p in zip(self.outer, self.params):
             p.copy_(outer)
 
-    def state_dict(self) -> dict:
-        return {"outer": self.outer, "sgd": self.sgd.state_dict()}
-
-    @torch.no_grad()
-    def load_state_dict(self, saved: dict) -> None:
-        for outer, tensor in zip(self.outer, saved["outer"]):
-            outer.copy_(tensor)
-        self.sgd.load_state_dict(saved["sgd"])
-
 
 def average_over_ranks(grad: Tensor, world_size: int) -> None:
-    """Replace `grad` by its mean over ranks, bitwise the same on all: summed in fp32, rounded once to its own dtype.
-
-    Every rank receives one part of the tensor from all, averages it, and sends it to all: the bytes of a ring
-    all-reduce, without its rounding at every hop. The sum is pairwise, so that equal gradients average to themselves.
-    """
+    """Replace `grad` by its mean over ranks, summed in fp32 by pairs, rounded once to its own dtype."""
     assert world_size & (world_size - 1) == 0, "pairs need a power of two"
     flat = F.pad(grad.flatten(), (0, -grad.numel() % world_size))
     received = torch.empty_like(flat)
@@ -152,31 +123,24 @@ def average_over_ranks(grad: Tensor, world_size: int) -> None:
 
 
 class Optimizer:
-    """All parameters' updates, in the order of the record: gradients averaged over ranks, AdamW, Muon, Snoo.
-
-    A parameter's role (its name without block and table numbers) selects its learning rate and decay; a role that has
-    none is an error.
-    """
+    """All parameters' updates, in the order of the record: gradients averaged over ranks, AdamW, Muon, Snoo."""
     def __init__(self, model: GPT, config: Config, world: World, muon_update: Callable[..., None] = muon_update):
         self.config, self.world = config, world
         scalars = ("skip_weights", "block_lambdas", "attn_lambdas", "smear_lambda", "backout_lambdas")
-        adam_lr = {"lm_head": config.head_lr, "embeds": config.embed_lr, **dict.fromkeys(scalars, config.scalar_lr)}
-        mlp_decay = config.muon_decay * config.mlp_decay_factor
-        muon_decay = {"qkvo": config.muon_decay, "mlp_fc": mlp_decay, "mlp_proj": mlp_decay}
+        adam_lr = {"lm_head": 1 / 320, "embeds": 0.3, **dict.fromkeys(scalars, 0.015)}
+        muon_decay = {"qkvo": 0.01, "mlp_fc": 0.02, "mlp_proj": 0.02}
         by_role: dict[str, list[nn.Parameter]] = {}
         for name, p in model.named_parameters():  # embeds, blocks.5.mlp_fc
             role, *rest = name.removeprefix("blocks.").split(".")
             by_role.setdefault(rest[0] if role.isdigit() else role, []).append(p)
-        if unknown := by_role.keys() - adam_lr.keys() - muon_decay.keys():
-            raise ValueError(f"no optimizer for {sorted(unknown)}")
         self.params = list(model.parameters())
         # fused: states in the parameter's dtype, arithmetic in fp32, rounded to nearest.
         self.adamw = torch.optim.AdamW(
             [dict(params=by_role[role], base_lr=lr) for role, lr in adam_lr.items() if role in by_role],
-            betas=config.adam_betas, eps=config.adam_eps, weight_decay=0.0, fused=True)
+            betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
         self.muon = Muon([(p, decay) for role, decay in muon_decay.items() for p in by_role[role]],
-                         config.update_smoothing, world, muon_update)
-        self.snoo = Snoo(self.params, config.snoo_lr, config.snoo_momentum)
+                         0.2, world, muon_update)
+        self.snoo = Snoo(self.params, lr=0.68, momentum=0.37)
 
     def step(self, step: int) -> None:
         """Update all parameters from their gradients of step number `step` (from 0), and drop the gradients."""
@@ -187,17 +151,8 @@ class Optimizer:
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * factor
         self.adamw.step()
-        self.muon.step(self.config.muon_lr * factor, muon_momentum(step, self.config))
-        if step % self.config.snoo_every == 0:
+        self.muon.step(0.03 * factor, muon_momentum(step, self.config))
+        if step % self.config.snoo.every == 0:
             self.snoo.step()
         for p in self.params:
             p.grad = None
-
-    def state_dict(self) -> dict:
-        """This rank's states, not copied."""
-        return {"adamw": self.adamw.state_dict(), "muon": self.muon.state_dict(), "snoo": self.snoo.state_dict()}
-
-    def load_state_dict(self, saved: dict) -> None:
-        self.adamw.load_state_dict(saved["adamw"])
-        self.muon.load_state_dict(saved["muon"])
-        self.snoo.load_state_dict(saved["snoo"])

@@ -16,6 +16,7 @@ torch._inductor.config.coordinate_descent_tuning = True
 model = torch.compile(nn.Linear(1, 1), dynamic=False, fullgraph=True)
 print(f"step:{{step}} val_loss:{{loss}} train_time:{{ms}}ms")
 '''
+BATCH = 524_288  # tokens
 LOSSES = (2.918312, 2.918915, 2.917737, 2.919458, 2.918264, 2.918821, 2.918007, 2.918640)  # mean 2.918519, std 0.00055
 SMI_RULE = "+-----------------------------------------------------------------------------------------+"
 SMI_ROW = """|   {index}  {name:<28}  On  |   00000000:{bus}:00.0 Off |                    0 |
@@ -24,7 +25,8 @@ SMI_ROW = """|   {index}  {name:<28}  On  |   00000000:{bus}:00.0 Off |         
 
 @dataclass(frozen=True)
 class Spec:
-    """One log. The loss falls to `loss` along a fixed curve; a step takes ms_per_step, plus ms_per_block a block."""
+    """One log. The loss falls to `loss` along a fixed curve; a step takes ms_per_step, plus ms_per_block a block, times
+    its share of a full batch."""
     loss: float = 2.919
     seed: int = 0
     num_iterations: int = 200
@@ -40,6 +42,9 @@ class Spec:
     smear_lambda: float | None = 0.0078  # at the end; None: no extra fields
     constants: str = "seed drawn or given: {seed}\ntraining shards: data/fineweb10B/fineweb_train_000001.bin to ..."
     last_step: int | None = None  # the log stops here
+    last_window: int = 27  # blocks; the window grows linearly
+    small_batches: int = 0  # the first steps, each of a quarter of the tokens
+    is_old: bool = False  # the step lines state no tokens and no windows
 
     @property
     def run_id(self) -> str:
@@ -53,12 +58,17 @@ def curve(step, spec: Spec) -> float:
 
 
 def window_blocks(spec: Spec) -> np.ndarray:
-    """SPEC section 5, for every step, written apart from the code under test."""
-    blocks = []
-    for step in range(spec.num_iterations):
-        p = step / spec.num_iterations
-        blocks.append(max(1, -(-3456 * (4 * p ** 3 - 6 * p ** 2 + 3 * p) // 128)))
-    return np.array(blocks, dtype=int)
+    """Of every step. No recipe grows so: a tool that computes windows instead of reading them is found out."""
+    return 1 + np.arange(spec.num_iterations) * spec.last_window // spec.num_iterations
+
+
+def batch_tokens(spec: Spec) -> np.ndarray:
+    return np.where(np.arange(spec.num_iterations) < spec.small_batches, BATCH // 4, BATCH)
+
+
+def step_ms(spec: Spec) -> np.ndarray:
+    """Of every step, without jitter."""
+    return (spec.ms_per_step + spec.ms_per_block * window_blocks(spec)) * batch_tokens(spec) / BATCH
 
 
 def log_text(spec: Spec) -> str:
@@ -71,13 +81,15 @@ def log_text(spec: Spec) -> str:
             f"Running PyTorch {spec.torch} compiled for CUDA {spec.cuda}", smi,
             spec.constants.format(seed=spec.seed), "=" * 100]
     jitter = np.random.default_rng(spec.seed).normal(0, 0.2, spec.num_iterations)
-    ends = np.concatenate([[0], np.cumsum(spec.ms_per_step + spec.ms_per_block * window_blocks(spec) + jitter)])
+    ends = np.concatenate([[0], np.cumsum(step_ms(spec) + jitter)])
+    tokens, windows = np.cumsum(batch_tokens(spec)), window_blocks(spec)
     lines = []
     total = spec.num_iterations
     for step in range(total + 1):
         ms = round(ends[step])
         if step:
-            lines.append(f"step:{step}/{total} train_time:{ms}ms step_avg:{ends[step] / step:.2f}ms")
+            stated = "" if spec.is_old else f" tokens:{tokens[step - 1]} window_blocks:{windows[step - 1]}"
+            lines.append(f"step:{step}/{total} train_time:{ms}ms step_avg:{ends[step] / step:.2f}ms{stated}")
         if step % spec.val_every == 0 or step == total:
             extras = "" if spec.smear_lambda is None else (
                 f" smear_lambda:{spec.smear_lambda * step / total:.6f} backout_lambda_0:{1 - 0.2 * step / total:.6f}"

@@ -1,154 +1,169 @@
-"""How much memory a run takes on one GPU, computed from its Config: a model that no GPU has confirmed yet.
+"""How much memory a run takes on one GPU, counted on the trainer's own code: an estimate that no GPU has confirmed yet.
 
     python data/preflight/memory.py       # a table of the record by micro_seq_len, for 1 and 8 GPUs
 
-States are counted on the trainer's own objects, made of fake tensors. What the forward pass keeps follows from the
-tensors that torch.compile's partitioner keeps (tests/tools/test_memory.py measures them). README.md beside this file
-has the derivation. A row is a tensor [T, C] in the model's dtype, the unit in which a block's tensors are counted.
+A step and a validation pass run on meta tensors, which have a size and no memory, and every tensor counts while it
+lives. So another model, rule or table is counted as it is, or the count fails. README.md beside this file says what is
+counted and what is assumed.
 """
 import sys
+import weakref
+from bisect import bisect
+from contextlib import ExitStack, suppress
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from unittest.mock import patch
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.attention import flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from train_gpt_medium import BLOCK_SIZE, GPT, PRESETS, Config, Optimizer, UserError, World  # noqa: E402
-
 # Assumptions, none of them measured. Outside torch's allocator: the CUDA context and its modules, 1 GiB; with NCCL's
-# channels and buffers, 2. Within it: 5 % for what its blocks round up and for what this model does not see.
+# channels and buffers, 2. Within it: 5 % for what its blocks round up and for what this count does not see.
 CONTEXT_BYTES, CONTEXT_BYTES_WITH_NCCL = 2**30, 2 * 2**30
 ALLOCATOR_MARGIN = 1.05
+PIECES_RUN = 2  # of a step's at most: a third would find the memory as the second did
+META = torch.device("meta")
 
 
-class Memory(NamedTuple):
-    """Bytes of one GPU by part."""
-    parameters: int  # padded, as banks are
-    rotary: int
-    states: int  # of this rank's shards
-    copies: int  # of parameters and states, which warm_up holds until it is done
-    gradients: int
-    means: int  # fp32 gradients, where a rank has more than one piece
-    saved: int  # from the forward for the backward pass
-    head: int  # beyond that: logits, latents and the head in the model's dtype
-    backward: int  # beyond that: gradients of the last block, the MLP's hidden layer included, and of the head
-    tables: int  # at the end of the backward pass beyond gradients: those of embeddings, before and after stacking
-    averaging: int  # one gradient in fp32 on its way into the means
-    update: int  # gradients as packed and received, and Newton-Schulz
-    validation: int
+class Watch(TorchDispatchMode):
+    """Bytes of the tensors that live, each storage once: `live` now, `peak` at most."""
+    supports_higher_order_operators = True  # FlexAttention is one
 
-    @property
-    def phases(self) -> dict[str, int]:
-        """What each phase of warm_up adds to what all of them hold. They follow each other."""
-        return {"forward": self.means + self.saved + self.head,
-                "backward": self.means + max(self.saved + self.backward, self.gradients + self.tables),
-                "means": self.means + self.gradients + self.averaging,
-                "optimizer": self.update, "validation": self.validation}
+    def __init__(self, existing: list[Tensor]):
+        super().__init__()
+        self.live, self.peak, self.known = 0, 0, set()
+        self._add(existing)
 
-    @property
-    def peak(self) -> int:
-        """What torch's allocator hands out at most: the maximum over phases."""
-        return self.parameters + self.rotary + self.states + self.copies + max(self.phases.values())
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:  # what compiled code does counts, what compiles it does not
+        return True
 
-    def needed(self, world_size: int) -> int:
-        """Free bytes that a GPU should have: the peak and the assumptions above."""
-        return int(self.peak * ALLOCATOR_MARGIN) + (CONTEXT_BYTES_WITH_NCCL if world_size > 1 else CONTEXT_BYTES)
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self._add(tree_leaves(result))
+        return result
+
+    def _add(self, leaves: list) -> None:
+        for storage in (x.untyped_storage() for x in leaves if isinstance(x, Tensor)):
+            if storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._drop, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+
+    def _drop(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
 
 
-def num_bytes(tree) -> int:
-    return sum(x.nbytes for x in tree_leaves(tree) if isinstance(x, torch.Tensor))
+class Sent:
+    """A collective under way, which holds its tensors until it is waited for."""
+    def __init__(self, *tensors: Tensor, async_op: bool):
+        self.tensors = tensors
+
+    def wait(self) -> None:
+        self.tensors = ()
 
 
-@cache
-def count_held(config: Config, world_size: int) -> dict[str, int]:
-    """The parts that no length changes, from a model and an Optimizer of fake tensors, which take no memory."""
-    with FakeTensorMode():
-        model = GPT(config)
-        optimizer = Optimizer(model, config, World(0, world_size, torch.device("cpu")))
-    banks, sizes = optimizer.banks, [p.numel() for p in model.parameters()]
-    packed = sum(bank.buffer.nbytes for bank in banks.values())
-    shards = num_bytes([bank.shard for bank in banks.values()])
-    at_first = num_bytes(optimizer.state_dict())  # Muon's states and Snoo's outer weights: the others come in a step
-    adam = 2 * num_bytes([bank.shard for bank in optimizer.adam_banks])
-    # Of an update of MLP matrices, a number takes 16.5 bytes in bf16 (tests/properties/test_distributed.py). That is
-    # eager code; compiled code takes less, and averages parts without the 6 bytes a number that eager code needs.
-    itemsize, mlp = config.dtype.itemsize, banks["mlp_fc"].shard.numel() + banks["mlp_proj"].shard.numel()
-    largest = max(bank.buffer.nbytes for bank in banks.values())  # both as gradients and packed for a moment
-    return dict(parameters=packed, states=at_first + adam + shards, copies=packed + at_first,
-                gradients=num_bytes(list(model.parameters())),
-                means=4 * sum(sizes), averaging=4 * max(sizes),
-                update=packed + (packed if world_size > 1 else 0) + max(largest, int((7.25 * itemsize + 2) * mlp)))
+def machine_of(config) -> ModuleType:
+    """The script that has the machine: the recipe's own, or the one that it imports."""
+    return sys.modules[next(base for base in type(config).__mro__ if base.__name__ == "Run").__module__]
 
 
-def saved_bytes_per_token(config: Config) -> int:
-    """What the compiled forward pass keeps for the backward pass, without the gradients that HeadLoss keeps.
-
-    In rows, every layer: the mixed input, the MLP's input before and after norm (without attention before it, the
-    first two are one), post of 4, and the output, to which a skip may already be added; with attention, the projected
-    q, k and v, the same normed, rotated and mixed, and attention's output. A skip's source is kept for itself where its
-    own sum with a skip took its place. Embeddings are kept, x00 and x01 computed anew. In fp32: the factors of all
-    norms, log-sum-exp of attention, and a copy of the backout layer's output. Exact in bf16; a model in fp32, which is
-    for known answers, keeps a row more, and a skip from the layer just before or from backout's may keep one less.
-    """
-    layers, attention_layers = config.layers, sum(layer.attention for layer in config.layers)
-    sources = {layer.skip_from for layer in layers} - {None}
-    rows = 7 * len(layers) + 8 * attention_layers + num_tables(config)
-    rows += sum(layers[source + 1].skip_from is not None for source in sources)
-    fp32 = config.model_dim + 4 * config.num_heads * attention_layers + len(layers) + 4
-    return rows * config.model_dim * config.dtype.itemsize + 4 * fp32
+def as_on_gpus(machine: ModuleType) -> ExitStack:
+    """Meta tensors take a GPU's way: FlexAttention, which knows no such device, and collectives that nobody answers."""
+    stack = ExitStack()
+    stack.enter_context(patch.object(flex_attention, "_validate_device", lambda *_: None))
+    stack.enter_context(patch.object(machine, "dense_mask", lambda mask: mask))
+    stack.enter_context(patch.multiple(dist, create=True, all_to_all_single=Sent, all_gather_single=Sent))
+    return stack
 
 
-def num_tables(config: Config) -> int:
-    return 2 + len({layer.value_embed for layer in config.layers} - {None})
+def compiled_model(config) -> nn.Module:
+    """On meta tensors. Parts compile alone, partitioned as for Inductor, which would also fuse their operations."""
+    torch._dynamo.reset()
+    with META:
+        model = config.make_model()
+    machine_of(config).compile_model(model, whole=False, backend="aot_eager_decomp_partition")
+    return model
 
 
-def mask_bytes(num_tokens: int) -> int:
-    """Block masks, int32: lists [B, B] of partial and full blocks, of keys and queries; their lengths [B] for two
-    windows; each token's document."""
-    num_blocks = num_tokens // BLOCK_SIZE
-    return 4 * (4 * num_blocks ** 2 + 2 * 4 * num_blocks + num_tokens)
+def pieces(config) -> list[int]:
+    """Of a batch, by stage."""
+    return [stage.num_slices * config.seq_len // config.piece_len for stage in config.stages]
 
 
-def estimate(config: Config, world_size: int) -> Memory:
-    """Bytes on each of world_size GPUs, which divides config.num_pieces."""
-    T, val_T, itemsize, tables = config.piece_len, config.val_piece_len, config.dtype.itemsize, num_tables(config)
-    row, val_row = (length * config.model_dim * itemsize for length in (T, val_T))
-    head_rows = -(-config.vocab_size // 128) * 128
-    logits, val_logits = (length * head_rows * itemsize for length in (T, val_T // config.val_loss_chunks))
-    head = head_rows * config.model_dim
-    held = count_held(replace(config, micro_seq_len=config.seq_len), world_size)
-    if config.num_pieces == world_size:
-        held = held | dict(means=0, averaging=0)
-    return Memory(
-        **held, rotary=4 * config.head_dim * max(T, val_T),
-        saved=T * saved_bytes_per_token(config) + mask_bytes(T) + row + head * itemsize,
-        head=logits + row + head * itemsize, backward=6 * row + 4 * head, tables=2 * tables * row,
-        # Blocks that compile by themselves leave all outputs alive. A block's own rows: x and, at most, q, k, v twice,
-        # or x, its norm, post and the output.
-        validation=mask_bytes(val_T) + max((tables + len(config.layers) + 7) * val_row,
-                                           val_logits + val_row + head * itemsize))
+def count(config, world_size: int) -> int:
+    """Bytes that tensors take at most on one of world_size ranks, in a step with Snoo's and in a validation pass."""
+    machine, model = machine_of(config), compiled_model(config)
+    num_pieces, further = max(pieces(config)) // world_size, machine.inputs_at(0, config, META)
+
+    def tokens(*shape: int) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros(shape, dtype=dtype, device=META) for dtype in (torch.int32, torch.int64))
+
+    def validate() -> None:
+        with torch.no_grad():
+            model(*tokens(config.val_piece_len), **further)
+
+    with as_on_gpus(machine):
+        model(*tokens(config.piece_len), **further)  # compiles, which leaves tensors behind
+        validate()
+        with Watch([*model.parameters(), *model.buffers()]) as watch:
+            optimizer = machine.Optimizer(model, config, machine.World(0, world_size, META))
+            inputs, targets = (x[:PIECES_RUN] for x in tokens(num_pieces, config.piece_len))
+            machine.train_step(model, optimizer, inputs, targets, 0)
+            validate()
+    return watch.peak
 
 
-def largest_micro_seq_len(config: Config, world_size: int, free_bytes: int) -> int | None:
-    """The longest piece with which the run fits, among those that Config accepts and the ranks can share."""
-    for num_pieces in range(1, config.seq_len // BLOCK_SIZE + 1):
-        try:
-            shorter = replace(config, micro_seq_len=config.seq_len // num_pieces)
-        except UserError:
-            continue
-        if shorter.num_pieces % world_size == 0 and estimate(shorter, world_size).needed(world_size) <= free_bytes:
-            return shorter.micro_seq_len
-    return None
+def needed(config, world_size: int) -> int:
+    """Free bytes that each of world_size GPUs should have: what is counted and the assumptions above."""
+    context = CONTEXT_BYTES_WITH_NCCL if world_size > 1 else CONTEXT_BYTES
+    return int(count(config, world_size) * ALLOCATOR_MARGIN) + context
+
+
+def by_length(config, world_size: int) -> dict:
+    """The Config of every micro_seq_len that Config accepts and the ranks can share, the shortest first."""
+    machine, configs = machine_of(config), {}
+    for divisor in range(config.seq_len // machine.BLOCK_SIZE, 0, -1):
+        with suppress(machine.UserError):
+            other = replace(config, micro_seq_len=config.seq_len // divisor)
+            if not any(number % world_size for number in pieces(other)):
+                configs[other.piece_len] = other
+    return configs
+
+
+def largest_micro_seq_len(config, world_size: int, free_bytes: int) -> tuple[int, int] | None:
+    """The longest piece with which the run fits, if shorter ones never take more, and what it needs."""
+    configs, found = by_length(config, world_size), {}
+
+    def needed_at(length: int) -> int:
+        found[length] = needed(configs[length], world_size)
+        return found[length]
+
+    bisect([*configs], free_bytes, key=needed_at)
+    return max(((length, size) for length, size in found.items() if size <= free_bytes), default=None)
+
+
+def checkpoint_bytes(config) -> int:
+    """What the ranks write for one checkpoint: parameters, padded as banks are, and their states."""
+    machine = machine_of(config)
+    with META:
+        optimizer = machine.Optimizer(config.make_model(), config, machine.World(0, 1, META))
+    return sum(x.nbytes for x in tree_leaves([optimizer.state_dict(), [b.buffer for b in optimizer.banks.values()]]))
 
 
 def main() -> None:
+    from preflight import load_script
+    config = load_script().PRESETS["medium"]()
     print(f"micro_seq_len {'1 GPU':>7} {'8 GPUs':>7}   GiB a GPU of the record (estimated)")
-    for config in (replace(PRESETS["medium"], micro_seq_len=length) for length in (65536, 32768, 16384, 8192, 4096)):
-        print(f"{config.micro_seq_len:13,}", *(f"{estimate(config, n).needed(n) / 2**30:7.1f}" for n in (1, 8)))
+    for length in (65536, 32768, 16384, 8192, 4096):
+        other = replace(config, micro_seq_len=length)
+        print(f"{length:13,}", *(f"{needed(other, world_size) / 2**30:7.1f}" for world_size in (1, 8)), flush=True)
 
 
 if __name__ == "__main__":

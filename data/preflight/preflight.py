@@ -3,8 +3,8 @@
     python data/preflight/preflight.py [medium|short|tiny]    # ./run.sh --check does the same
 
 Exits with 1 if anything is an error. GPUs and driver are read from nvidia-smi: torch sees none if the driver is old.
+The script that TRAIN_SCRIPT names is looked at, as run.sh runs it, or train_gpt_medium.py.
 """
-import dataclasses
 import importlib.util
 import os
 import shutil
@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 # Oldest Linux driver for each major version of CUDA (NVIDIA's table of minor-version compatibility).
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 ALL_REDUCE_LIMIT_S = 30
-RECORD_SECONDS, RECORD_STEPS = 1374.7, 5535  # 8xH100, records/2025-11-02_SmearMTP
+RECORD_SECONDS, RECORD_TOKENS = 1374.7, 5535 * 524288  # 8xH100, records/2025-11-02_SmearMTP
 TINY_SECONDS = 150  # measured on 2 CPU cores
 SHARD_BYTES = 1024 + 2 * 100_000_000
 LOG_BYTES = 2 * 2**20
@@ -40,6 +40,13 @@ class Gpu(NamedTuple):
     free_mib: int
     driver: str
     capability: str
+
+
+def load_script():
+    """The training script, as a module."""
+    path = ROOT / (os.environ.get("TRAIN_SCRIPT") or "train_gpt_medium.py")
+    sys.path.insert(0, str(path.parent))
+    return importlib.import_module(path.stem)
 
 
 def list_gpus() -> list[Gpu]:
@@ -102,31 +109,45 @@ def check_torch(gpus: list[Gpu], torch) -> Line:
     return Line("ok", "torch", f"{text}, triton {triton.__version__}")
 
 
+def not_counted(subject: str, config, error: Exception) -> Line:
+    """What the trainer would refuse, or a model that memory.py cannot run: it may run on a GPU all the same."""
+    import memory
+    if isinstance(error, memory.machine_of(config).UserError):
+        return Line("error", subject, str(error))
+    reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    return Line("warning", subject, f"no estimate covers this script: counting its model failed ({reason:.150})")
+
+
 def check_memory(gpus: list[Gpu], config) -> Line:
     """What the run should need (memory.py) against what is free; where it is too much, the length that fits."""
     if config.preset == "tiny":
-        return Line("ok", "memory", "tiny needs 0.6 GiB of main memory")
+        return Line("ok", "memory", "tiny, as published, takes 0.6 GiB of main memory (measured)")
     if not gpus:
         return Line("warning", "memory", "no GPU whose memory could be compared")
     import memory  # with torch, which may not load
     ranks = ranks_on(gpus)
     fullest = min(gpus[:ranks], key=lambda gpu: gpu.free_mib)  # torchrun takes the first ones
     free, total = fullest.free_mib * 2**20, min(gpu.total_mib for gpu in gpus[:ranks]) * 2**20
-    needed = memory.estimate(config, ranks).needed(ranks)
-    text = (f"about {needed / 2**30:.0f} GiB a GPU needed (estimated) with micro_seq_len {config.piece_len:,}, "
-            f"{free / 2**30:.0f} GiB free at least")
-    if needed <= free:
-        return Line("ok", "memory", text)
-    if needed <= total:
-        return Line("error", "memory", f"{text}: end the other processes that nvidia-smi lists")
-    fitting = memory.largest_micro_seq_len(config, ranks, free)
-    way_out = "set" if fitting else "end the other processes that nvidia-smi lists and set"
-    fitting = fitting or memory.largest_micro_seq_len(config, ranks, total)
-    if fitting is None:
+    unshared = [number for number in memory.pieces(config) if number % ranks]
+    if unshared:
+        return Line("error", "memory", f"{ranks} GPUs cannot share {unshared[0]} pieces of a batch equally: "
+                                       f"make more of them by a smaller micro_seq_len")
+    try:
+        needed = memory.needed(config, ranks)
+        text = (f"about {needed / 2**30:.0f} GiB a GPU needed (estimated) with micro_seq_len {config.piece_len:,}, "
+                f"{free / 2**30:.0f} GiB free at least")
+        if needed <= free:
+            return Line("ok", "memory", text)
+        if needed <= total:
+            return Line("error", "memory", f"{text}: end the other processes that nvidia-smi lists")
+        for limit, way_out in ((free, "set"), (total, "end the other processes that nvidia-smi lists and set")):
+            if fitting := memory.largest_micro_seq_len(config, ranks, limit):
+                script = Path(sys.modules[type(config).__module__].__file__).name
+                return Line("error", "memory", f"{text}: {way_out} micro_seq_len to {fitting[0]:,} at the top of "
+                                               f"{script}: about {fitting[1] / 2**30:.0f} GiB")
         return Line("error", "memory", f"{text}: no micro_seq_len fits, use larger GPUs")
-    needed = memory.estimate(dataclasses.replace(config, micro_seq_len=fitting), ranks).needed(ranks)
-    return Line("error", "memory", f"{text}: {way_out} micro_seq_len to {fitting:,} at the top of "
-                                   f"train_gpt_medium.py: about {needed / 2**30:.0f} GiB")
+    except Exception as error:
+        return not_counted("memory", config, error)
 
 
 def check_shards(config, errors: type[Exception], find_shards) -> Line:
@@ -145,14 +166,16 @@ def check_shards(config, errors: type[Exception], find_shards) -> Line:
 
 def check_disk(config, num_shards: int) -> list[Line]:
     """Room for the shards that are still to come, for the log, and for checkpoints if they are on."""
-    lines = []
+    lines: list[Line] = []
     present = len(list(Path(config.data_dir).glob("*.bin")))
     wanted = 4 * 2**20 if config.preset == "tiny" else max(num_shards + 1 - present, 0) * SHARD_BYTES
     subjects = [("data disk", config.data_dir, wanted), ("log disk", "logs", LOG_BYTES)]
     if config.checkpoint_every or config.checkpoint_minutes:
         import memory  # with torch, which may not load
-        held = memory.count_held(config, 1)
-        subjects.append(("checkpoints", "checkpoints", 3 * (held["parameters"] + held["states"])))  # two and a new one
+        try:
+            subjects.append(("checkpoints", "checkpoints", 3 * memory.checkpoint_bytes(config)))  # two and a new one
+        except Exception as error:
+            lines.append(not_counted("checkpoints", config, error))
     for subject, folder, needed in subjects:
         folder = Path(folder).absolute()
         existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
@@ -212,26 +235,31 @@ def check_all_reduce(size: int, on_gpu: bool, limit_s: float = ALL_REDUCE_LIMIT_
     return Line("ok", "all-reduce", f"{size} ranks over {backend}")
 
 
-def check_duration(gpus: list[Gpu], preset: str, steps: int) -> Line:
-    if preset == "tiny":
+def check_duration(gpus: list[Gpu], config) -> Line:
+    if config.preset == "tiny":
         return Line("ok", "duration", f"about {TINY_SECONDS / 60:.1f} minutes on 2 CPU cores (measured)")
-    ranks = ranks_on(gpus)
-    minutes = RECORD_SECONDS / RECORD_STEPS * steps * 8 / ranks / 60
+    ranks, num_tokens = ranks_on(gpus), sum(map(config.batch_tokens, range(config.num_iterations)))
+    minutes = RECORD_SECONDS / RECORD_TOKENS * num_tokens * 8 / ranks / 60
     return Line("ok", "duration", f"about {minutes:.0f} minutes of training on {ranks} x H100 (estimated from the "
-                                  f"published run), after minutes of compilation")
+                                  f"published run's time for a token), after minutes of compilation")
 
 
 def report(preset: str) -> list[Line]:
-    """All lines for a preset; an import that fails ends the report with its own line."""
+    """All lines for a preset; a torch or a script that does not load ends the report with its own line."""
     gpus = list_gpus()
     try:
         import torch
-        import train_gpt_medium as trainer
-        from fetch import count_shards
     except Exception as error:  # a broken torch raises more than ImportError
         broken = Line("error", "torch", f"does not load ({error}): delete .venv and run ./run.sh")
         return [check_gpus(gpus, preset), broken]
-    config = trainer.choose_config([preset])
+    try:
+        import memory
+        script = load_script()
+        machine = memory.machine_of(next(iter(script.PRESETS.values()))())
+        config = machine.choose_config(script.PRESETS, [preset])
+        num_shards = machine.shards_needed(config, [])
+    except Exception as error:  # its constants are made to be edited
+        return [check_gpus(gpus, preset), Line("error", "script", f"cannot be used: {error}")]
     on_gpu = bool(gpus) and torch.cuda.is_available() and preset != "tiny"
     return [
         check_gpus(gpus, preset),
@@ -239,9 +267,9 @@ def report(preset: str) -> list[Line]:
         check_torch(gpus, torch),
         check_all_reduce(ranks_on(gpus) if on_gpu else 1, on_gpu),
         check_memory(gpus, config),
-        check_shards(config, trainer.UserError, trainer.find_shards),
-        *check_disk(config, count_shards(preset)),
-        check_duration(gpus, preset, config.num_iterations),
+        check_shards(config, machine.UserError, machine.find_shards),
+        *check_disk(config, num_shards),
+        check_duration(gpus, config),
     ]
 
 

@@ -2,8 +2,8 @@
 
     python records/bench/bench.py                      # the trainer against its plain twin, one slice, window 14
     python records/bench/bench.py --windows all --json ab.json    # all six windows that stand for the run
-    python records/bench/bench.py --sides ours,no-smear --profile smear    # and a profile of each side
-    python records/bench/bench.py --diff smear.no-smear.json smear.ours.json    # kernels gained and lost; no GPU
+    python records/bench/bench.py --sides ours,baseline --profile smear    # and a profile of each side
+    python records/bench/bench.py --diff smear.baseline.json smear.ours.json    # kernels gained and lost; no GPU
     python records/bench/bench.py --kernels            # each hand-written kernel against a library's or plain version
     python records/bench/bench.py --optimizer          # a rank's step against the frozen optimizer's, alone and of 8
     python records/bench/bench.py --sweep-attention    # FlexAttention's block sizes, warps and stages
@@ -42,10 +42,11 @@ import helpers  # noqa: E402
 import plain_optimizer  # noqa: E402
 import plain_twin  # noqa: E402
 import train_gpt_medium as tgm  # noqa: E402
+from step_model import gemm_tflop  # noqa: E402
 
 # Long windows, in blocks, that stand for the run, and the share of its steps that each stands for.
 WINDOW_WEIGHTS = {3: .055, 7: .074, 11: .130, 14: .481, 17: .130, 23: .129}
-SIDES = ("ours", "plain", "no-smear")
+SIDES = ("ours", "plain", "baseline")  # the baseline is the record without Smear-MTP
 DATA_SEED = 77  # of the first hundred, the slice whose attention at window 14 comes closest to the run's 10.0 TFLOP
 WARM_STEPS, LOAD_SECONDS = 10, 5  # the load brings clocks and temperature to where a run holds them
 ROUNDS, BLOCK_STEPS = 4, 5  # each round is the blocks A B B A
@@ -94,7 +95,7 @@ def real_looking_ids(num_tokens: int, config: tgm.Config, seed: int) -> Tensor:
 
 
 def one_slice(config: tgm.Config, device: torch.device) -> tuple[Tensor, Tensor]:
-    inputs, targets = tgm.split_slices(real_looking_ids(config.seq_len + 1, config, DATA_SEED), config.seq_len)
+    inputs, targets = tgm.split_pieces(real_looking_ids(config.seq_len + 1, config, DATA_SEED), config.seq_len)
     return inputs[0].to(device), targets[0].to(device)
 
 
@@ -125,7 +126,7 @@ def make_sides(names: Iterable[str], config: tgm.Config, device: torch.device) -
             if name == "plain":
                 model = plain_twin.GPT(config)
                 plain_twin.copy_weights(ours, model)
-            elif name == "no-smear":
+            elif name == "baseline":
                 model, weights = tgm.GPT(replace(config, smear_mtp=False)), ours.state_dict()
                 model.load_state_dict({key: weights[key] for key in model.state_dict()})
             sides.append(Side(name, model))
@@ -211,7 +212,7 @@ def step_memory(model: nn.Module, ids: Tensor, targets: Tensor, window: Tensor) 
 
 def compare_sides(sides: list[Side], ids: Tensor, targets: Tensor, window_blocks: int) -> dict:
     """The protocol at one window: warm steps, sustained load, then the rounds; prints a row per side."""
-    window = tgm.as_window(window_blocks, ids.device)
+    window = helpers.as_window(window_blocks).to(ids.device)
     calls = {side.name: partial(step, side.model, ids, targets, window) for side in sides}
     warm_up(calls)
     before = clocks_under(calls[sides[0].name])
@@ -333,7 +334,7 @@ def tabulate(events: Iterable, num_steps: int, head_rows: int) -> list[dict]:
 
 
 def profile_side(side: Side, ids: Tensor, targets: Tensor, window_blocks: int) -> list[dict]:
-    window = tgm.as_window(window_blocks, ids.device)
+    window = helpers.as_window(window_blocks).to(ids.device)
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
         for _ in range(PROFILED_STEPS):
@@ -415,16 +416,16 @@ def plain_up(x: Tensor, fc: Tensor) -> Tensor:
 
 def kernel_cases(config: tgm.Config, device: torch.device) -> Iterator[tuple[str, float, dict[str, Callable]]]:
     """Unit of the rate, work in that unit times seconds, versions (the hand-written one first), at full size."""
-    T, C = config.seq_len, config.model_dim
+    T, C, hidden = config.seq_len, config.model_dim, config.mlp_factor * config.model_dim
     randn = partial(torch.randn, device=device, dtype=config.dtype)
     compiled = partial(torch.compile, dynamic=False, fullgraph=True)
-    x, dy, fc, proj = randn(T, C), randn(T, C), 0.02 * randn(4 * C, C), 0.02 * randn(C, 4 * C)
+    x, dy, fc, proj = randn(T, C), randn(T, C), 0.02 * randn(hidden, C), 0.02 * randn(C, hidden)
     post = plain_up(x, fc)
-    gemm_tflop = 2 * T * C * 4 * C / 1e12
-    yield "TFLOP/s", gemm_tflop, {
+    mlp_tflop = 2 * T * C * hidden / 1e12
+    yield "TFLOP/s", mlp_tflop, {
         "mlp_up": lambda: tgm.mlp_up(x, fc), "library GEMM alone": lambda: F.linear(x, fc),
         "GEMM, then relu squared compiled": partial(compiled(plain_up), x, fc)}
-    yield "TFLOP/s", gemm_tflop, {
+    yield "TFLOP/s", mlp_tflop, {
         "mlp_down_grad": lambda: tgm.mlp_down_grad(dy, proj, post), "library GEMM alone": lambda: dy @ proj}
 
     ids, targets = one_slice(config, device)
@@ -436,8 +437,8 @@ def kernel_cases(config: tgm.Config, device: torch.device) -> Iterator[tuple[str
         "compiled plain, both passes": lambda: torch.autograd.grad(loss(leaf, targets, config.logit_softcap), leaf)}
 
     for count in (4, 32):  # the MLP matrices of one rank of eight, and of one alone
-        X = randn(count, C, 4 * C)
-        A = X @ X.mT / (4 * C)
+        X = randn(count, C, hidden)
+        A = X @ X.mT / hidden
         yield "TFLOP/s", 2 * X.numel() * C / 1e12, {
             f"symmetric_product, {count} matrices": lambda: tgm.symmetric_product(X, 1.0, 0.0),
             "library product": lambda: X @ X.mT}
@@ -499,12 +500,13 @@ def time_attention(options: dict, qkv: tuple[Tensor, ...], dy: Tensor, mask, sca
 def sweep_attention(config: tgm.Config, device: torch.device) -> dict:
     """FlexAttention's options for a long-window and a short-window call, fastest first."""
     ids, _ = one_slice(config, device)
-    masks = tgm.block_masks(ids, tgm.as_window(14, device), config.doc_token)
+    windows = 14, 7
+    masks = tgm.block_masks(ids, tuple(helpers.as_window(w).to(device) for w in windows), config.doc_token)
     shape = (1, config.seq_len, config.num_heads, config.head_dim)
     *qkv, dy = (torch.randn(shape, device=device, dtype=config.dtype).transpose(1, 2) for _ in range(4))
     qkv = tuple(x.requires_grad_() for x in qkv)
     results = {}
-    for window_blocks, mask in zip((14, 7), masks):
+    for window_blocks, mask in zip(windows, masks):
         timed = [(options, time_attention(options, qkv, dy, mask, config.attention_scale))
                  for options in attention_options()]
         print(f"\nwindow {window_blocks}: forward, backward, sum in ms")
@@ -518,20 +520,11 @@ def sweep_attention(config: tgm.Config, device: torch.device) -> dict:
 # ----------------------------------------------------------------------------------------------------------------------
 # Counts: what a machine without a GPU can say
 
-def gemm_tflop(config: tgm.Config) -> dict[str, float]:
-    """TFLOP of forward and backward of a slice by GEMM; backward multiplies twice for each product of the forward."""
-    square = 3 * 2 * config.seq_len * config.model_dim ** 2 / 1e12
-    num_attention = sum(layer.attention for layer in config.layers)
-    padded_vocab = -(-config.vocab_size // 128) * 128
-    return {"QKV": 3 * num_attention * square, "O": num_attention * square, "MLP": 8 * len(config.layers) * square,
-            "head": padded_vocab / config.model_dim * square}
-
-
 def attention_tflop(ids: Tensor, window_blocks: int, config: tgm.Config) -> float:
     """TFLOP of forward and backward over the visible 128 x 128 tiles: 2 products a tile forward, 5 backward."""
     num_tiles = 0
     for long_window in (True, False):
-        window = torch.tensor(window_blocks if long_window else window_blocks // 2)
+        window = torch.tensor(window_blocks if long_window else window_blocks // config.short_window_divisor)
         mask = plain_twin.window_block_mask(ids, window, config.doc_token)
         num_layers = sum(layer.attention and layer.long_window == long_window for layer in config.layers)
         num_tiles += num_layers * int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum())
@@ -550,7 +543,7 @@ def saved_bytes_per_token(model: nn.Module, ids: Tensor, targets: Tensor) -> flo
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(ids, targets, tgm.as_window(2, ids.device))
+        model(ids, targets, helpers.as_window(2).to(ids.device))
     return sum(storage.nbytes() for storage in storages.values()) / len(ids)
 
 

@@ -15,11 +15,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[2]
-T, C, V, V_HEAD, TABLES, LAYERS = 65536, 1024, 50257, 50304, 7, 16  # of the record; bf16 has 2 bytes
-WRITTEN = {  # by all calls of an operation
-    "mlp_up": 2 * LAYERS * T * 4 * C, "mlp_down_grad": 2 * LAYERS * T * 4 * C,
-    "cross_entropy": 2 * T * V_HEAD + 4 * T, "embedding_grad": 2 * TABLES * V * C}
+sys.path.insert(0, str(ROOT))
+import train_gpt_medium as tgm  # noqa: E402
 
 BUILD = '''
 import sys
@@ -62,6 +62,16 @@ def replace_file(name: str, text: str) -> None:
     target.with_suffix(".tmp").rename(target)
 
 
+def written_bytes() -> dict[str, int]:
+    """By all calls of each hand-written operation in the record, in bf16."""
+    config = tgm.Config()
+    with torch.device("meta"):
+        model = config.make_model()
+    T, hidden = config.seq_len, sum(len(block.mlp_fc) for block in model.blocks)
+    return {"mlp_up": 2 * T * hidden, "mlp_down_grad": 2 * T * hidden,
+            "cross_entropy": 2 * T * len(model.lm_head) + 4 * T, "embedding_grad": model.embeds.nbytes}
+
+
 def count(tool: Path, label: str, side: str) -> dict:
     """GB per phase and kind of kernel, their sum without attention, and what forward keeps. Writes the table."""
     with tempfile.TemporaryDirectory() as folder:
@@ -75,10 +85,10 @@ def count(tool: Path, label: str, side: str) -> dict:
     total = {phase: dict.fromkeys(("fused", "extern", "gemm", "attention"), 0.0) for phase in ("forward", "backward")}
     for row in counted["rows"]:
         total["forward" if row["phase"] == "fwd" else "backward"][row["kind"]] += (row["read"] + row["write"]) / 1e9
-    for name, num_bytes in WRITTEN.items():
+    for name, num_bytes in written_bytes().items():
         rows = [row for row in counted["rows"] if f".{name}." in row["ops"]]
         if rows:
-            assert sum(row["write"] for row in rows) == 0, f"{name}: TOOL counts what it writes, WRITTEN adds it again"
+            assert sum(row["write"] for row in rows) == 0, f"{name}: TOOL counts what it writes already"
             total["forward" if rows[0]["phase"] == "fwd" else "backward"]["extern"] += num_bytes / 1e9
     no_attention = sum(gb for phase in total.values() for kind, gb in phase.items() if kind != "attention")
     rounded = {phase: {kind: round(gb, 2) for kind, gb in kinds.items()} for phase, kinds in total.items()}
@@ -86,7 +96,6 @@ def count(tool: Path, label: str, side: str) -> dict:
 
 
 if __name__ == "__main__":
-    import torch
     tool = Path(sys.argv[1]).resolve()
     result = {"date": str(datetime.date.today()), "torch": torch.__version__,
               "unit": "GB of one slice of 65,536 tokens", "twin": count(tool, "twin", "plain_twin"),

@@ -48,9 +48,9 @@ def recorded_launches() -> list[tuple[str, object, dict, dict]]:
 
     recorders = {name: Recorder(getattr(tgm, name)) for name in dir(tgm) if name.endswith("_kernel")}
     config = tgm.Config()
-    C, V, T = config.model_dim, config.vocab_size, 256
+    C, V, T, hidden = config.model_dim, config.vocab_size, 256, config.mlp_factor * config.model_dim
     bf16 = torch.bfloat16
-    x, post, fc = torch.empty(T, C, dtype=bf16), torch.empty(T, 4 * C, dtype=bf16), torch.empty(4 * C, C, dtype=bf16)
+    x, post, fc = (torch.empty(shape, dtype=bf16) for shape in ((T, C), (T, hidden), (hidden, C)))
     logits, ids = torch.empty(T, -(-V // 128) * 128, dtype=bf16), torch.zeros(T, dtype=torch.int64)
     with mock.patch.multiple(tgm, runs_kernels=lambda *_: True, num_multiprocessors=lambda device: 132, **recorders):
         tgm.mlp_up(x, fc)
@@ -58,7 +58,7 @@ def recorded_launches() -> list[tuple[str, object, dict, dict]]:
         tgm.cross_entropy(logits, ids, config.logit_softcap, True)
         tgm.cross_entropy(logits, ids, config.logit_softcap, False)
         tgm.embedding_grad(x[None], ids.int(), V)
-        for K, x_scale in ((4 * C, 0.0), (C, 1.0)):
+        for K, x_scale in ((hidden, 0.0), (C, 1.0)):
             tgm.symmetric_product(torch.empty(1, C, K, dtype=bf16), 1.0, x_scale)
     return launches
 

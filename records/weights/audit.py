@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import train_gpt_medium as tgm
 
@@ -38,30 +38,58 @@ class Outcome(NamedTuple):
         return f"{ {True: 'ok', False: 'FAILED', None: 'not run'}[self.passed]:<7}  {self.check}: {self.numbers}"
 
 
-def listed(numbers) -> str:
-    return ", ".join(map(str, numbers))
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What a position may see
 
 def audited_ids(shard: tgm.Shard, config: tgm.Config) -> Tensor:
-    """The first validation tokens, [T] int32, T <= 512, with documents beginning at BORDERS besides their own."""
+    """The first validation tokens, [T] int32, T <= 512, with documents beginning at BORDERS besides their own.
+
+    Raises UserError where the shard holds fewer tokens than validation needs, or other ids than the model's.
+    """
     T = min(NUM_TOKENS, config.val_piece_len)
-    ids = torch.from_numpy(shard.read(T, config.vocab_size).astype(np.int32))
+    ids = shard.read(0, config.val_tokens + 1, config.vocab_size)[:T]
     ids[[border for border in BORDERS if border < T]] = config.doc_token
     return ids
 
 
-def audited_windows(step: int, config: tgm.Config) -> list[int]:
-    """In blocks: that of `step`, and the two smallest, without and with whole blocks in sight."""
-    return sorted({1, 2, tgm.num_window_blocks(step, config)})
+def audited_steps(step: int, config: tgm.Config) -> list[int]:
+    """`step` and, for each input of the model, the first steps with its first two values, such as the smallest windows.
+
+    No two have the same inputs.
+    """
+    first_with: dict[str, dict[float, int]] = {}
+    for number in range(config.num_iterations):
+        for name, value in config.model_inputs(number).items():
+            first_with.setdefault(name, {}).setdefault(value, number)
+    steps = [step, *(number for numbers in first_with.values() for number in list(numbers.values())[:2])]
+    return sorted({tgm.as_fields(config.model_inputs(number)): number for number in steps}.values())
 
 
-def logits_of(latents: Tensor, head: Tensor, softcap: float) -> Tensor:
-    """Softcapped logits [T, V], fp32, of latents [T, C] under the head [V, C], both in the model's dtype."""
-    z = (latents @ head.mT).float()
-    return z * softcap * torch.rsqrt(z.square() + softcap ** 2)
+def describe(steps: list[int], config: tgm.Config) -> str:
+    return ", ".join(tgm.as_fields(config.model_inputs(step)) for step in steps)
+
+
+@torch.no_grad()
+def record_logits(model: nn.Module, ids: Tensor, step: int) -> tuple[Tensor, float]:
+    """What the model hands to the loss operation at `step`: logits [T, V], not yet capped, and their cap.
+
+    ids: [T] integer; a position's target is the next id, as in validation. Raises UserError for another loss operation.
+    """
+    calls, device = [], device_of(model)
+
+    def record(logits: Tensor, targets: Tensor, softcap: float, with_grad: bool) -> Tensor:
+        calls.append((logits, softcap))
+        return logits.new_zeros(len(logits), dtype=torch.float32)
+
+    with patch.object(tgm, "cross_entropy", record):
+        model(ids.to(device), ids.roll(-1).long().to(device), **tgm.inputs_at(step, model.config, device))
+    if not calls:
+        raise tgm.UserError("the model's logits are not seen, since its loss is not the trainer's cross_entropy.")
+    return torch.cat([logits for logits, _ in calls]), calls[0][1]
 
 
 def changes_after(ids: Tensor, prefix: int, doc_token: int) -> Iterator[Tensor]:
@@ -78,28 +106,22 @@ def changes_after(ids: Tensor, prefix: int, doc_token: int) -> Iterator[Tensor]:
         yield one
 
 
-@torch.no_grad()
-def check_suffixes(model: tgm.GPT, ids: Tensor, windows: list[int]) -> Outcome:
+def check_suffixes(model: nn.Module, ids: Tensor, steps: list[int]) -> Outcome:
     """No logit changes when later tokens do, wherever the change begins. ids: [T] int32 on the CPU."""
-    config, device = model.config, model.lm_head.device
-    head = model.lm_head.to(config.dtype)
-
-    def logits(ids: Tensor, window: int) -> Tensor:
-        return logits_of(model.latents(ids.to(device), tgm.as_window(window, device)), head, config.logit_softcap)
-
     num_changes, leaks, idle = 0, [], []
-    for window in windows:
-        before = logits(ids, window)
+    for step in steps:
+        inputs = describe([step], model.config)
+        before, _ = record_logits(model, ids, step)
         for prefix in (prefix for prefix in PREFIXES if prefix < len(ids)):
-            for changed in changes_after(ids, prefix, config.doc_token):
+            for changed in changes_after(ids, prefix, model.config.doc_token):
                 num_changes += 1
-                moved = (logits(changed, window) - before).abs().amax(1)
+                moved = (record_logits(model, changed, step)[0] - before).abs().amax(1)
                 if moved[:prefix].any():
-                    leaks.append(f"window {window}, from token {prefix}: {int(moved[:prefix].count_nonzero())} earlier "
+                    leaks.append(f"{inputs}, from token {prefix}: {int(moved[:prefix].count_nonzero())} earlier "
                                  f"positions, by up to {moved[:prefix].max():.2g}")
                 if not moved[prefix]:
-                    idle.append(f"window {window}, token {prefix}")
-    what = f"{num_changes} changes of later tokens, windows {listed(windows)}"
+                    idle.append(f"{inputs}, token {prefix}")
+    what = f"{num_changes} changes of later tokens, {describe(steps, model.config)}"
     if leaks:
         return Outcome("suffix", False, f"{len(leaks)} of {what} reach earlier logits ({leaks[0]})")
     if idle:
@@ -108,46 +130,44 @@ def check_suffixes(model: tgm.GPT, ids: Tensor, windows: list[int]) -> Outcome:
 
 
 @torch.no_grad()
-def check_documents(model: tgm.GPT, ids: Tensor, windows: list[int]) -> Outcome:
-    """What stands in earlier documents changes no latent of a later one but, by Smear-MTP, its first token's.
+def check_documents(model: nn.Module, ids: Tensor, steps: list[int]) -> Outcome:
+    """What stands in earlier documents changes no logit of a later one but, by Smear-MTP, its first token's.
 
     Smear-MTP adds to each latent the one before it, also at a document's first token: the record's behaviour. That
     neighbour is an earlier token, so nothing leaks from the future; without it, or with its scalar at 0, not even the
     first token may change. ids: [T] int32 on the CPU.
     """
-    config, device = model.config, model.lm_head.device
-
-    def moved(border: int, window: int) -> Tensor:
-        changed = torch.where((torch.arange(len(ids)) < border) & (ids != config.doc_token),
-                              (ids + 1) % config.doc_token, ids)
-        before, after = (model.latents(x.to(device), tgm.as_window(window, device)) for x in (ids, changed))
+    def moved(border: int, step: int) -> Tensor:
+        changed = torch.where((torch.arange(len(ids)) < border) & (ids != model.config.doc_token),
+                              (ids + 1) % model.config.doc_token, ids)
+        before, after = (record_logits(model, x, step)[0] for x in (ids, changed))
         return (before != after).any(1).cpu()
 
-    cases = [(border, window) for window in windows for border in BORDERS if 0 < border < len(ids)]
+    cases = [(border, step) for step in steps for border in BORDERS if 0 < border < len(ids)]
     smeared = {case: moved(*case) for case in cases}
     unsmeared = smeared
-    if config.smear_mtp:
+    if hasattr(model, "smear_lambda"):
         smear_lambda = model.smear_lambda.clone()
         model.smear_lambda.zero_()
         unsmeared = {case: moved(*case) for case in cases}
         model.smear_lambda.copy_(smear_lambda)
-    crossed = [f"window {window}, border {border}: {int(smeared[border, window][border + 1:].sum())} latents after the "
-               f"first, {int(unsmeared[border, window][border:].sum())} without Smear-MTP"
-               for border, window in cases
-               if smeared[border, window][border + 1:].any() or unsmeared[border, window][border:].any()]
-    first = sum(bool(smeared[border, window][border]) for border, window in cases)
-    what = f"{len(cases)} changes before a document, windows {listed(windows)}"
+    crossed = [f"{describe([step], model.config)}, border {border}: {int(smeared[border, step][border + 1:].sum())} "
+               f"positions after the first, {int(unsmeared[border, step][border:].sum())} without Smear-MTP"
+               for border, step in cases
+               if smeared[border, step][border + 1:].any() or unsmeared[border, step][border:].any()]
+    first = sum(bool(smeared[border, step][border]) for border, step in cases)
+    what = f"{len(cases)} changes before a document, {describe(steps, model.config)}"
     if crossed:
         return Outcome("documents", False, f"{len(crossed)} of {what} reach into it ({crossed[0]})")
-    if not all(smeared[border, window][:border].any() for border, window in cases):
+    if not all(smeared[border, step][:border].any() for border, step in cases):
         return Outcome("documents", False, f"of {what}, some change nothing at all")
-    return Outcome("documents", True, f"{what}: no latent moves but {first} first tokens', by Smear-MTP's look back")
+    return Outcome("documents", True, f"{what}: no logit moves but {first} first tokens', by Smear-MTP's look back")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Probabilities
 
-def probability_tolerance(config: tgm.Config, num_rows: int) -> float:
+def probability_tolerance(softcap: float, num_rows: int) -> float:
     """How far rounding may take a sum of exp(-loss) over a head of `num_rows` from one, with u = 2^-24 (fp32).
 
     The sum's error is at most the largest error of a loss, as the weights sum to one. A loss is log(sum) - logit, and
@@ -156,24 +176,24 @@ def probability_tolerance(config: tgm.Config, num_rows: int) -> float:
     below 2 softcap once or twice: 10 softcap u. The log and the loss round one below 2 softcap + ln V: 3 ln V u; what
     exponentials and log add of their own, two units each: 8 u.
     """
-    return (num_rows / 8 + 10 * config.logit_softcap + 3 * math.log(num_rows) + 8) * 2 ** -24
+    return (num_rows / 8 + 10 * softcap + 3 * math.log(num_rows) + 8) * 2 ** -24
 
 
 @torch.no_grad()
-def check_probabilities(model: tgm.GPT, ids: Tensor, window: int) -> Outcome:
+def check_probabilities(model: nn.Module, ids: Tensor, step: int) -> Outcome:
     """exp(-loss) over every row of the padded head sums to one, by the loss operation that trains and validates.
 
-    Rows: two latents of `ids` [T], and logits of zero, under which also the rows that training has long silenced count.
+    Logits: those of two positions of `ids` [T], and zeros, under which also the rows that training has long silenced
+    count.
     """
-    config, device, V = model.config, model.lm_head.device, len(model.lm_head)
-    latents = model.latents(ids.to(device), tgm.as_window(window, device))[[len(ids) // 2, -1]]
-    rows = torch.cat((latents @ model.lm_head.to(config.dtype).mT, latents.new_zeros(1, V)))
+    logits, softcap = record_logits(model, ids, step)
+    V, rows = logits.size(1), torch.cat((logits[[len(ids) // 2, -1]], torch.zeros_like(logits[:1])))
     sums = []
     for row in rows:
-        losses = [tgm.cross_entropy(row.expand(len(targets), V).contiguous(), targets, config.logit_softcap, False)
-                  for targets in torch.arange(V, device=device).split(max(1, TARGETS_AT_ONCE // V))]
+        losses = [tgm.cross_entropy(row.expand(len(targets), V).contiguous(), targets, softcap, False)
+                  for targets in torch.arange(V, device=row.device).split(max(1, TARGETS_AT_ONCE // V))]
         sums.append(torch.cat(losses).double().neg().exp().sum().item())
-    error, tolerance = max(abs(total - 1) for total in sums), probability_tolerance(config, V)
+    error, tolerance = max(abs(total - 1) for total in sums), probability_tolerance(softcap, V)
     return Outcome("probabilities", error <= tolerance, f"over {V:,} rows of the head they sum to "
                    f"{', '.join(f'{total:.7f}' for total in sums)}: {error:.1e} from 1, {tolerance:.1e} allowed")
 
@@ -190,7 +210,7 @@ class Recorder:
     def __init__(self, config: tgm.Config):
         self.config, self.fed = config, Counter()
 
-    def __call__(self, ids: Tensor, targets: Tensor, window_blocks: Tensor) -> Tensor:
+    def __call__(self, ids: Tensor, targets: Tensor, **_) -> Tensor:
         self.fed[fingerprint(ids.numpy(), targets.numpy())] += 1
         return targets.double().mean()
 
@@ -222,7 +242,7 @@ def check_validation(config: tgm.Config, shard: tgm.Shard, step: int) -> Outcome
     if faults:
         return Outcome("validation", False, "; ".join(faults))
     return Outcome("validation", True, f"targets 1 to {config.val_tokens:,} of {shard.path.name}, each once, and their "
-                   f"mean, with {listed(WORLD_SIZES)} ranks")
+                   f"mean, with {str(WORLD_SIZES)[1:-1]} ranks")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -237,7 +257,7 @@ def leaves(tree, path: str = "") -> Iterator[tuple[str, object]]:
         yield from leaves(value, f"{path}/{key}" if path else str(key))
 
 
-def traces(model: tgm.GPT, optimizer: tgm.Optimizer) -> dict[str, object]:
+def traces(model: nn.Module, optimizer: tgm.Optimizer) -> dict[str, object]:
     """Copies of all that a warm-up could change, by name: parameters, gradients, optimizer states, random states."""
     return copy.deepcopy(dict(leaves({
         "parameters": model.state_dict(), "gradients": {name: p.grad for name, p in model.named_parameters()},
@@ -247,7 +267,7 @@ def traces(model: tgm.GPT, optimizer: tgm.Optimizer) -> dict[str, object]:
         "Python's random state": pickle.dumps(random.getstate())})))
 
 
-def check_warm_up(model: tgm.GPT, world: tgm.World) -> Outcome:
+def check_warm_up(model: nn.Module, world: tgm.World) -> Outcome:
     """After `warm_up` from these weights all is as it was, bit for bit. The model keeps the optimizer's buffers."""
     optimizer = tgm.Optimizer(model, model.config, world)
     before = traces(model, optimizer)

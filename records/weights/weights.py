@@ -25,7 +25,7 @@ try:
     import train_gpt_medium as tgm
 except ModuleNotFoundError as error:
     sys.exit(f"weights.py: {error.name} is not installed: pip install -r requirements.txt")
-from torch import Tensor
+from torch import Tensor, nn
 
 import audit
 from train_gpt_medium import UserError
@@ -51,24 +51,31 @@ class Weights(NamedTuple):
 def read_weights(path: Path) -> Weights:
     """Of a file or a checkpoint. Raises UserError; says on stderr if another version of the trainer made them."""
     weights = read_checkpoint(find_step(path)) if path.is_dir() else read_file(path)
-    if weights.script != hashlib.sha256(Path(tgm.__file__).read_text().strip().encode()).hexdigest():
+    if weights.script != hashlib.sha256(tgm.read_sources(weights.config).strip().encode()).hexdigest():
         print(f"note: {path} was made by another version of train_gpt_medium.py; this one computes with it.",
               file=sys.stderr)
     return weights
 
 
 def parse_config(constants: dict, path: Path) -> tgm.Config:
-    """The constants of a run, JSON values by name, as the trainer's own. Raises UserError where they are others."""
-    known = {field.name for field in fields(tgm.Config)} - {"data_dir"}
+    """The constants of a run, JSON values by name, as the trainer's own. Raises UserError where they are others.
+
+    The groups and the outer optimizer stay the script's: weights are read and run without their numbers.
+    """
+    def as_own(value, own):
+        """In the type of the script's own constant: a table's rows, pairs, a dtype."""
+        if isinstance(own, tuple):
+            return tuple(type(own[0])(*row) if hasattr(own[0], "_fields") else row for row in value)
+        return getattr(torch, value.removeprefix("torch.")) if isinstance(own, torch.dtype) else value
+
     try:
-        values = constants | {"layers": tuple(tgm.Layer(*layer) for layer in constants["layers"]),
-                              "adam_betas": tuple(constants["adam_betas"]),
-                              "dtype": getattr(torch, constants["dtype"].removeprefix("torch."))}
+        own = tgm.PRESETS.get(constants["preset"], tgm.Config)()
+        known = {field.name for field in fields(own)} - {"data_dir"}
         if constants.keys() != known:
             raise KeyError(min(constants.keys() ^ known))
-        preset = tgm.PRESETS.get(values["preset"], tgm.Config())
-        return tgm.Config(**values, data_dir=os.environ.get("DATA_PATH") or preset.data_dir)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        values = {name: as_own(constants[name], getattr(own, name)) for name in known - {"groups", "snoo"}}
+        return tgm.replace(own, **values, data_dir=os.environ.get("DATA_PATH") or own.data_dir)
+    except (LookupError, TypeError, ValueError, AttributeError, UserError) as error:
         raise UserError(f"{path} holds other constants than this train_gpt_medium.py's ({error}): use the script at "
                         f"the head of its run's log.") from error
 
@@ -112,12 +119,14 @@ def read_checkpoint(folder: Path) -> Weights:
              for rank in range(size)}
     constants = {name: json.loads(value) for name, value in made_by.items() if name not in NOT_CONSTANTS}
     config = parse_config(constants, folder)
-    model = tgm.GPT(config)
+    model = config.make_model()
     banks = tgm.Optimizer(model, config, tgm.World(0, size, CPU)).banks
+    ours, theirs = ([(name, list(roles)) for name, roles, *_ in groups]
+                    for groups in (config.groups, constants["groups"]))
     for rank, (path, part) in enumerate(parts.items()):
         if any(part[name] != first[name] for name in ("made_by", "step", "seed")):
             raise UserError(f"{path} is of another run or step than rank_0.pt: do not mix parts.")
-        if {name: (shard.shape, shard.dtype) for name, shard in part["shards"].items()} != {
+        if ours != theirs or {name: (shard.shape, shard.dtype) for name, shard in part["shards"].items()} != {
                 name: (bank.shard.shape, bank.shard.dtype) for name, bank in banks.items()}:
             raise UserError(f"{path} holds other parameters than this train_gpt_medium.py's: use the script at the "
                             f"head of its run's log.")
@@ -162,7 +171,7 @@ def read_file(path: Path) -> Weights:
     constants = json.loads(metadata["config"])
     config = parse_config(constants, path)
     with torch.device("meta"):
-        expected = {name: (p.shape, p.dtype) for name, p in tgm.GPT(config).state_dict().items()}
+        expected = {name: (p.shape, p.dtype) for name, p in config.make_model().state_dict().items()}
     other = [name for name, found in {name: (p.shape, p.dtype) for name, p in params.items()}.items()
              if expected.get(name) != found] + sorted(expected.keys() - params.keys())
     if other:
@@ -173,32 +182,28 @@ def read_file(path: Path) -> Weights:
     return Weights(params, config, constants, int(metadata["step"]), metadata["script"], metadata["run_id"])
 
 
-def build_model(weights: Weights) -> tgm.GPT:
+def build_model(weights: Weights) -> nn.Module:
     """On the GPU if there is one, where blocks are compiled as in the trainer, once a kind and length."""
     device = torch.device("cuda") if torch.cuda.is_available() else CPU
     with device:
-        model = tgm.GPT(weights.config)
+        model = weights.config.make_model()
     model.load_state_dict(weights.params)
     if device.type == "cuda":
         tgm.compile_model(model, whole=False)
     return model
 
 
-def needs_gpu(model: tgm.GPT) -> bool:
+def needs_gpu(model: nn.Module) -> bool:
     """Whether whole sequences of training or validation are too much for this machine: as the trainer has it."""
-    return model.lm_head.device == CPU and model.config.preset != "tiny"
+    return audit.device_of(model) == CPU and model.config.needs_gpu
 
 
 def open_validation(config: tgm.Config, folder: Path) -> tgm.Shard:
-    """The folder's validation shard. Raises UserError if it has none, several, a foreign or a short one."""
+    """The folder's validation shard. Raises UserError if it has none, several, or a foreign one."""
     paths = sorted(folder.glob("*_val_000000.bin"))
     if len(paths) != 1:
         raise UserError(f"{folder} holds {len(paths)} files *_val_000000.bin: name the run's data with --data.")
-    shard = tgm.open_shard(paths[0], config)
-    if shard.num_tokens <= config.val_tokens:
-        raise UserError(f"{shard.path} is too short: validation needs {config.val_tokens + 1:,} tokens, it holds "
-                        f"{shard.num_tokens:,}: name the run's data with --data.")
-    return shard
+    return tgm.open_shard(paths[0], config)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -235,7 +240,7 @@ def evaluate(source: Path, data: Path | None) -> None:
         raise UserError(f"preset {config.preset} validates in sequences of {config.val_piece_len:,} tokens, which need "
                         f"a CUDA GPU, and none is visible.")
     shard = open_validation(config, data or Path(config.data_dir))
-    val_loss = tgm.evaluate(model, shard, weights.step, tgm.World(0, 1, model.lm_head.device))
+    val_loss = tgm.evaluate(model, shard, weights.step, tgm.World(0, 1, audit.device_of(model)))
     print(f"step:{weights.step}/{config.num_iterations} val_loss:{val_loss:.6f}")
 
 
@@ -264,36 +269,37 @@ def find_vocabulary(config: tgm.Config) -> Vocabulary:
     return Vocabulary(encoding.encode_ordinary, encoding.decode)
 
 
-def next_probabilities(logits: Tensor, config: tgm.Config, temperature: float) -> Tensor:
-    """[vocab_size], fp64, of a row of softcapped logits [V]; the padded rows, which stand for no id, are left out.
+def next_probabilities(logits: Tensor, softcap: float, vocab_size: int, temperature: float) -> Tensor:
+    """[vocab_size], fp64, of a row of logits [V], not yet capped; the padded rows, which stand for no id, are left out.
 
+    The loss operation itself caps them: between z and 0, the losses of the two targets differ by the capped z.
     Temperature 0 is its limit: the most probable token, and the first of equals.
     """
-    logits = logits[:config.vocab_size].double()
+    z = logits[:vocab_size]
     if temperature == 0:
-        return torch.nn.functional.one_hot(logits.argmax(), len(logits)).double()
-    return (logits / temperature).softmax(0)
+        return nn.functional.one_hot(z.argmax(), len(z)).double()
+    pairs, target = torch.stack((z, torch.zeros_like(z)), 1), torch.zeros(len(z), dtype=torch.int64, device=z.device)
+    loss_of_z, loss_of_zero = (tgm.cross_entropy(pairs, target + i, softcap, False).double() for i in range(2))
+    return ((loss_of_zero - loss_of_z) / temperature).softmax(0)
 
 
-@torch.no_grad()
-def sample_ids(model: tgm.GPT, step: int, prompt: list[int], num_tokens: int, temperature: float,
+def sample_ids(model: nn.Module, step: int, prompt: list[int], num_tokens: int, temperature: float,
                seed: int) -> Iterator[int]:
     """Up to `num_tokens` ids that follow the prompt in a document of their own; a drawn document token ends them.
 
     What precedes, the document token first, is padded to whole blocks, of which later tokens see nothing; on a GPU to
     the final length, for which alone is compiled. Every token runs the whole sequence again: short texts, few lines.
     """
-    config, device = model.config, model.lm_head.device
-    head, window = model.lm_head.to(config.dtype), tgm.as_window(tgm.num_window_blocks(step, config), device)
+    config = model.config
     context, rng = [config.doc_token, *prompt], torch.Generator().manual_seed(seed)
     final = len(context) + num_tokens
     for _ in range(num_tokens):
-        length = -(-(len(context) if device == CPU else final) // tgm.BLOCK_SIZE) * tgm.BLOCK_SIZE
+        length = -(-(len(context) if audit.device_of(model) == CPU else final) // tgm.BLOCK_SIZE) * tgm.BLOCK_SIZE
         ids = torch.zeros(length, dtype=torch.int32)
         ids[:len(context)] = torch.tensor(context)
-        last = model.latents(ids.to(device), window)[len(context) - 1:len(context)]
-        logits = audit.logits_of(last, head, config.logit_softcap)[0].cpu()
-        token = int(next_probabilities(logits, config, temperature).multinomial(1, generator=rng))
+        logits, softcap = audit.record_logits(model, ids, step)
+        chances = next_probabilities(logits[len(context) - 1].cpu(), softcap, config.vocab_size, temperature)
+        token = int(chances.multinomial(1, generator=rng))
         if token == config.doc_token:
             return
         context.append(token)
@@ -301,13 +307,13 @@ def sample_ids(model: tgm.GPT, step: int, prompt: list[int], num_tokens: int, te
 
 
 def sample(source: Path, prompt: str, num_tokens: int, temperature: float, seed: int) -> None:
-    """Prints the prompt and what the model goes on with."""
+    """Prints the prompt and the model's text after it."""
     if num_tokens < 1 or not 0 <= temperature < float("inf"):
         raise UserError(f"--tokens {num_tokens} or --temperature {temperature} is out of range: give at least one "
                         f"token, and a temperature of 0 or more.")
     weights = read_weights(source)
     vocabulary, model = find_vocabulary(weights.config), build_model(weights)
-    prompt_ids, longest = vocabulary.encode(prompt), len(model.rotary.cos)
+    prompt_ids, longest = vocabulary.encode(prompt), max(model.config.piece_len, model.config.val_piece_len)
     if 1 + len(prompt_ids) + num_tokens > longest:
         raise UserError(f"a prompt of {len(prompt_ids):,} tokens and {num_tokens:,} more exceed the {longest:,} "
                         f"positions of the model, the document token included: shorten either.")
@@ -320,15 +326,15 @@ def run_audit(source: Path, data: Path | None) -> int:
     weights = read_weights(source)
     config, model = weights.config, build_model(weights)
     shard = open_validation(config, data or Path(config.data_dir))
-    ids, windows = audit.audited_ids(shard, config), audit.audited_windows(weights.step, config)
-    checks = [lambda: audit.check_suffixes(model, ids, windows),
-              lambda: audit.check_documents(model, ids, windows),
-              lambda: audit.check_probabilities(model, ids, tgm.num_window_blocks(weights.step, config)),
+    ids, steps = audit.audited_ids(shard, config), audit.audited_steps(weights.step, config)
+    checks = [lambda: audit.check_suffixes(model, ids, steps),
+              lambda: audit.check_documents(model, ids, steps),
+              lambda: audit.check_probabilities(model, ids, weights.step),
               lambda: audit.check_validation(config, shard, weights.step)]
     if needs_gpu(model):
         checks.append(lambda: audit.Outcome("warm-up", None, f"preset {config.preset} trains on a CUDA GPU alone"))
     else:
-        checks.append(lambda: audit.check_warm_up(model, tgm.World(0, 1, model.lm_head.device)))
+        checks.append(lambda: audit.check_warm_up(model, tgm.World(0, 1, audit.device_of(model))))
     failed = False
     for check in checks:
         outcome = check()
@@ -356,7 +362,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument("--data", type=Path, help="folder of the validation shard (default: as in training)")
     sampling = add("sample", lambda args: sample(args.source, args.prompt, args.tokens, args.temperature, args.seed),
                    "generate text; a document token ends it")
-    sampling.add_argument("--prompt", default="", help="the text to go on with (default: a new document)")
+    sampling.add_argument("--prompt", default="", help="the text's beginning (default: a new document)")
     sampling.add_argument("--tokens", type=int, default=200, help="at most (%(default)s)")
     sampling.add_argument("--temperature", type=float, default=0.8, help="0: the most probable token (%(default)s)")
     sampling.add_argument("--seed", type=int, default=0, help="of the draws (%(default)s)")

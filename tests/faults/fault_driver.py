@@ -1,12 +1,11 @@
 """Copies of the trainer that can harm themselves, and the processes that run them, for test_faults.py.
 
-A copy is the script with other constants and two lines more, before its guard, which install a fault of faults.py.
+A copy is the script with two lines more before its guard: one sets the constants, one installs a fault of faults.py.
 Processes are forked from a server that has imported torch, which takes seconds; all else, the script's guard and
 torchrun included, runs in them.
 """
 import multiprocessing
 import os
-import re
 import runpy
 import signal
 import sys
@@ -21,15 +20,11 @@ SERVER.set_forkserver_preload(["numpy", "torch._dynamo.callback", "torch.distrib
 LIMIT_S = 120  # for a whole run, on a machine that others use too
 
 
-def write_copy(path: Path, config, **constants) -> None:
-    """The trainer, whose preset tiny is `config`, with the module's `constants` changed."""
-    source = TRAINER.read_text()
-    for name, value in constants.items():
-        source, count = re.subn(rf"^{name} = \S+", f"{name} = {value}", source, flags=re.M)
-        assert count == 1, name
-    before, guard, after = source.partition('\n\nif __name__ == "__main__":')
+def write_copy(path: Path, config) -> None:
+    """The trainer, whose preset tiny is `config`."""
+    before, guard, after = TRAINER.read_text().partition('\n\nif __name__ == "__main__":')
     assert guard
-    path.write_text(f'{before}\n\nPRESETS["tiny"] = {config!r}\n__import__("faults").install(globals())\n'
+    path.write_text(f'{before}\n\nPRESETS["tiny"] = lambda: {config!r}\n__import__("faults").install(globals())\n'
                     f'{guard}{after}')
 
 

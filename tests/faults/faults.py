@@ -68,7 +68,7 @@ def wait_and_dawdle(script: dict, where: str) -> None:
     save = script["torch"].save
 
     def save_late(*arguments):
-        time.sleep(script["STOP_LIMIT_S"] + 1)
+        time.sleep(signal.getsignal(signal.SIGTERM).__self__.limit_s + 1)
         save(*arguments)
 
     script["torch"].save = save_late

@@ -6,7 +6,7 @@ import torch
 
 import plain_twin
 import train_gpt_medium as tgm
-from helpers import CPU, random_ids, randomise, small_config
+from helpers import as_window, random_ids, randomise, small_config
 
 needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 
@@ -39,14 +39,14 @@ LAYOUTS = {"one document": [0], "no mark": [], "borders on blocks": [0, 128, 512
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("w", [0, 1, 2, 3, 5, 9])
+@pytest.mark.parametrize("w", [0, 1, 2, 3, 4, 5, 9])
 def test_mask_is_the_definition(layout, w):
     ids = torch.zeros(640, dtype=torch.int32)
     ids[LAYOUTS[layout]] = 7
-    for mask, window in zip(tgm.block_masks(ids, tgm.as_window(w, CPU), 7), (w, w // 2)):
-        ours = tgm.dense_mask(mask)
-        assert torch.equal(ours, mask_by_definition(ids.tolist(), 7, window))
-        assert ours.diagonal().all()  # no query without a key: ROWS_GUARANTEED_SAFE
+    mask, = tgm.block_masks(ids, (as_window(w),), 7)
+    ours = tgm.dense_mask(mask)
+    assert torch.equal(ours, mask_by_definition(ids.tolist(), 7, w))
+    assert ours.diagonal().all()  # no query without a key: ROWS_GUARANTEED_SAFE
 
 
 BLOCK_LISTS = [(f"{kind}_num_blocks", f"{kind}_indices") for kind in ("kv", "full_kv", "q", "full_q")]
@@ -62,28 +62,26 @@ def test_block_lists_are_the_sorted_ones(seed, num_blocks):
     starts = [torch.rand(T, generator=generator) < 1 / 150, borders,
               (borders + torch.randint(-1, 2, (4,), generator=generator)).clamp(0, T - 1), []][seed % 4]
     ids[starts] = 7
-    for w in range(num_blocks + 3):
-        for mask, window in zip(tgm.block_masks(ids, tgm.as_window(w, CPU), 7), (w, w // 2)):
-            twin = plain_twin.window_block_mask(ids, tgm.as_window(window, CPU), 7)
-            for number, index in BLOCK_LISTS:
-                count = getattr(mask, number)
-                assert torch.equal(count, getattr(twin, number)) and count.dtype == torch.int32
-                listed = torch.arange(num_blocks) < count[..., None]
-                assert torch.equal(getattr(mask, index)[listed], getattr(twin, index)[listed]), (w, index)
-                assert ((0 <= getattr(mask, index)) & (getattr(mask, index) < num_blocks)).all()
+    windows = [as_window(w) for w in range(num_blocks + 3)]
+    for w, mask in zip(windows, tgm.block_masks(ids, tuple(windows), 7), strict=True):
+        twin = plain_twin.window_block_mask(ids, w, 7)
+        for number, index in BLOCK_LISTS:
+            count = getattr(mask, number)
+            assert torch.equal(count, getattr(twin, number)) and count.dtype == torch.int32
+            listed = torch.arange(num_blocks) < count[..., None]
+            assert torch.equal(getattr(mask, index)[listed], getattr(twin, index)[listed]), (w, index)
+            assert ((0 <= getattr(mask, index)) & (getattr(mask, index) < num_blocks)).all()
 
 
-def test_long_and_short_layers_use_their_windows(monkeypatch):
-    config, seen = small_config(seq_len=1024), []
-    attend = tgm.attend
+@pytest.mark.parametrize("preset", tgm.PRESETS)
+def test_long_and_short_layers_use_their_windows(preset, monkeypatch):
+    config, seen, attend = small_config(preset, seq_len=1024), [], tgm.attend
     monkeypatch.setattr(tgm, "attend", lambda *args: seen.append(args[3:]) or attend(*args))
     ids = torch.zeros(1024, dtype=torch.int32)
-    tgm.GPT(config).latents(ids, tgm.as_window(5, CPU))
-    long_mask, short_mask = (mask_by_definition(ids.tolist(), 256, w) for w in (5, 2))
-    layers = [layer for layer in config.layers if layer.attention]
-    assert len(seen) == len(layers) == 15
-    for (mask, scale, kernel_options), layer in zip(seen, layers):
-        assert torch.equal(mask, long_mask if layer.long_window else short_mask) and scale == 0.12
+    config.make_model().latents(ids, as_window(5))
+    long_mask, short_mask = (mask_by_definition(ids.tolist(), 256, w) for w in (5, 5 // config.short_window_divisor))
+    for (mask, scale, kernel_options), layer in zip(seen, [row for row in config.layers if row.attention], strict=True):
+        assert torch.equal(mask, long_mask if layer.long_window else short_mask) and scale == config.attention_scale
         assert kernel_options is (tgm.LONG_WINDOW_KERNEL if layer.long_window else tgm.SHORT_WINDOW_KERNEL)
 
 
@@ -93,7 +91,7 @@ def test_compiled_flex_attention_equals_the_dense_path():
 
     @torch.compile(fullgraph=True, dynamic=False)
     def flex(q, k, v, ids, w):
-        return tgm.attend(q, k, v, tgm.block_masks(ids, w, doc_token)[0], 0.12, tgm.LONG_WINDOW_KERNEL)
+        return tgm.attend(q, k, v, tgm.block_masks(ids, (w,), doc_token)[0], 0.12, tgm.LONG_WINDOW_KERNEL)
 
     generator = torch.Generator().manual_seed(3)
     q, k, v = torch.randn(3, 1, T, H, D, generator=generator).unbind(0)
@@ -102,8 +100,8 @@ def test_compiled_flex_attention_equals_the_dense_path():
     with torch.no_grad():
         for case in range(30):
             ids = random_ids(T, small_config(), seed=case, mean_doc=(20, 200, 2000)[case % 3])
-            w = tgm.as_window(case % 10, CPU)  # 0 among them, as short layers see it
-            dense = tgm.attend(q, k, v, tgm.dense_mask(tgm.block_masks(ids, w, doc_token)[0]), 0.12, {})
+            w = as_window(case % 10)  # 0 among them, as short layers see it
+            dense = tgm.attend(q, k, v, tgm.dense_mask(tgm.block_masks(ids, (w,), doc_token)[0]), 0.12, {})
             torch.testing.assert_close(flex(q, k, v, ids, w), dense, rtol=0, atol=tolerance)
 
 
@@ -114,7 +112,7 @@ def test_compiled_model_on_the_flex_branch_equals_the_dense_path(monkeypatch):
     config = small_config(layers=layers, backout_from=1, seq_len=512, dtype=torch.float32)
     model = tgm.GPT(config)
     randomise(model)
-    batches = [(random_ids(513, config, seed, mean_doc=60), tgm.as_window(seed + 1, CPU)) for seed in range(3)]
+    batches = [(random_ids(513, config, seed, mean_doc=60), as_window(seed + 1)) for seed in range(3)]
     with torch.no_grad():
         dense = [model.latents(ids[:-1], w) for ids, w in batches]
         monkeypatch.setattr(tgm, "dense_mask", lambda mask: mask)

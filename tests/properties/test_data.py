@@ -1,7 +1,5 @@
 """The loader: which tokens a rank sees, and what is refused before and during a run."""
-import dataclasses
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -13,7 +11,8 @@ from helpers import ALONE, CPU, small_config, write_shard, write_text_folder
 
 def numbered_config(**changes) -> tgm.Config:
     """A batch of 8 slices of 128 tokens, with ids wide enough to number every token."""
-    return small_config(**(dict(vocab_size=50257, doc_token=50256, seq_len=128, val_tokens=1024) | changes))
+    return small_config(**(dict(vocab_size=50257, doc_token=50256, seq_len=128, val_tokens=1024,
+                                stages=(tgm.Stage(num_slices=8),)) | changes))
 
 
 def write_numbered(folder, config, sizes) -> tgm.Config:
@@ -23,34 +22,55 @@ def write_numbered(folder, config, sizes) -> tgm.Config:
         write_shard(folder / f"fineweb_train_{i:06d}.bin", range(start, start + size), 0, 0)
         start += size
     write_shard(folder / "fineweb_val_000000.bin", range(config.val_tokens + 1), 0, 0)
-    return dataclasses.replace(config, data_dir=str(folder))
+    return tgm.replace(config, data_dir=str(folder))
 
 
-def load(config, world=ALONE, steps=None):
-    loader = tgm.TrainLoader(tgm.find_shards(config)[0], config, world)
+def load(config, world=ALONE, first_step=0):
+    loader = tgm.TrainLoader(tgm.find_shards(config)[0], config, world, first_step)
     try:
-        return [next(loader) for _ in range(config.num_iterations if steps is None else steps)]
+        return [next(loader) for _ in range(first_step, config.num_iterations)]
     finally:
         loader.close()
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_ranks_slices_are_together_exactly_the_batch(tmp_path, size):
-    config = write_numbered(tmp_path, numbered_config(num_iterations=3), [3 * 1024 + 1])
+@pytest.mark.parametrize("seed", range(3))
+def test_ranks_share_a_growing_batch_and_may_begin_with_any(tmp_path, monkeypatch, seed, size):
+    """No token is skipped but a shard's tail, none comes twice; shards before the first batch are not read."""
+    rng = np.random.default_rng(seed)
+    ends, slices = [*sorted(rng.choice(range(1, 8), 2, replace=False) / 8), 1.0], size * rng.permutation([1, 2, 3])
+    stages = tuple(tgm.Stage(float(end), int(n)) for end, n in zip(ends, slices))
+    sizes = [int(n) for n in rng.integers(3 * size * 128 + 1, 6 * size * 128, 8)]
+    config = write_numbered(tmp_path, numbered_config(num_iterations=8, stages=stages), sizes)
+    shards, _ = tgm.find_shards(config)
+    assert tgm.shards_needed(config, shards) == len(shards)
     by_rank = [load(config, tgm.World(rank, size, CPU)) for rank in range(size)]
-    for step in range(3):
-        inputs = torch.cat([batches[step][0] for batches in by_rank])
-        targets = torch.cat([batches[step][1] for batches in by_rank])
-        assert inputs.shape == (8, 128) and inputs.dtype == torch.int32 and targets.dtype == torch.int64
-        assert inputs.flatten().tolist() == list(range(step * 1024, (step + 1) * 1024))
-        assert torch.equal(targets, inputs.long() + 1)
+    position, used = 0, [0]
+    for step in range(8):
+        inputs, targets = (torch.cat([batches[step][i] for batches in by_rank]) for i in (0, 1))
+        tokens, end = config.batch_tokens(step), sum(sizes[:used[-1] + 1])
+        leaves = position + tokens >= end  # its last target would not be in this shard
+        position, used = end if leaves else position, [*used, used[-1] + leaves]
+        assert inputs.flatten().tolist() == list(range(position, position + tokens)), step
+        assert torch.equal(targets, inputs.long() + 1) and inputs.dtype == torch.int32
+        position += tokens
+    assert used[-1] + 1 == len(shards)
+
+    reads, read = [], tgm.Shard.read
+    monkeypatch.setattr(tgm.Shard, "read", lambda shard, *rest: reads.append(shard) or read(shard, *rest))
+    for first in range(8):
+        reads.clear()
+        resumed = load(config, tgm.World(size - 1, size, CPU), first)
+        for batch, same in zip(resumed, by_rank[-1][first:], strict=True):
+            assert all(map(torch.equal, batch, same))
+        assert reads == [shards[i] for i in used[first + 1:]]
 
 
 def test_tails_are_dropped_and_shards_follow_each_other(tmp_path):
-    sizes = [2 * 1024 + 1, 1024 + 1000, 3 * 1024]  # 2, 1 and, for want of a last target, 2 batches
-    config = write_numbered(tmp_path, numbered_config(num_iterations=5), sizes)
+    sizes = [2 * 1024 + 1, 1024 + 1000, 3 * 1024, 1025]  # 2, 1 and, for want of a last target, 2 batches; and 1
+    config = write_numbered(tmp_path, numbered_config(num_iterations=6), sizes)
     first = [int(inputs[0, 0]) for inputs, _ in load(config)]
-    assert first == [0, 1024, sizes[0], sizes[0] + sizes[1], sizes[0] + sizes[1] + 1024]
+    assert first == [0, 1024, sizes[0], sizes[0] + sizes[1], sizes[0] + sizes[1] + 1024, sum(sizes[:3])]
 
 
 def test_only_the_shards_that_the_schedule_needs_are_opened(tmp_path):
@@ -59,19 +79,12 @@ def test_only_the_shards_that_the_schedule_needs_are_opened(tmp_path):
     assert [shard.path.name[-5] for shard in tgm.find_shards(config)[0]] == ["1", "2"]
 
 
-def test_the_record_needs_thirty_shards(tmp_path):
-    with pytest.raises(tgm.UserError, match="need 30 training shards"):
-        tgm.find_shards(tgm.Config(data_dir=str(tmp_path)))
-    shard = tgm.Shard(tmp_path, 100_000_000)
-    assert shard.num_batches(tgm.Config().batch_tokens) == 190
-
-
 def test_header_and_values_of_a_published_shard(tmp_path):
     config = numbered_config()
     path = write_shard(tmp_path / "fineweb_train_000001.bin", [50256, 1, 2, 50255], 0, 0)
     shard = tgm.open_shard(path, config)
     assert shard == tgm.Shard(path, 4)
-    assert shard.read(3, 50257).tolist() == [50256, 1, 2] and shard.read(3, 50257).dtype == np.uint16
+    assert shard.read(1, 3, 50257).tolist() == [1, 2, 50255] and shard.read(0, 4, 50257).dtype == torch.int32
 
 
 BAD_SHARDS = {
@@ -85,7 +98,7 @@ BAD_SHARDS = {
     "negative count": (lambda path: write_shard(path, range(2000), header={2: -5}), "is damaged"),
     "vocabulary": (lambda path: write_shard(path, range(2000), 50257, 50256), "vocabulary of 50257"),
     "document id": (lambda path: write_shard(path, range(2000), 257, 255), "document id 255"),
-    "too few tokens": (lambda path: write_shard(path, [1] * 1024), "too short"),
+    "no last target": (lambda path: write_shard(path, [1] * (2048 if "val" in path.name else 1024)), "too short"),
     "a folder": (lambda path: (path.unlink(), path.mkdir()), "cannot be read"),
 }
 
@@ -93,15 +106,15 @@ BAD_SHARDS = {
 @pytest.mark.parametrize("fault", BAD_SHARDS)
 @pytest.mark.parametrize("name", ["text_train_000002.bin", "text_val_000000.bin"])
 def test_a_bad_shard_is_refused_by_name(tmp_path, fault, name):
-    config = small_config(seq_len=128, num_iterations=2, data_dir=str(tmp_path))
+    config = small_config(seq_len=128, num_slices=8, num_iterations=2, data_dir=str(tmp_path))
     for path in ("text_train_000001.bin", "text_train_000002.bin"):
         write_shard(tmp_path / path, [1] * 1025)
     write_shard(tmp_path / "text_val_000000.bin", [1] * 2049)
     tgm.find_shards(config)
     spoil, sentence = BAD_SHARDS[fault]
     spoil(tmp_path / name)
-    if name.startswith("text_val") and fault == "missing":
-        sentence = "cannot be read"
+    if name.startswith("text_val"):
+        sentence = {"missing": "cannot be read", "no last target": "too short for 2,049"}.get(fault, sentence)
     with pytest.raises(tgm.UserError) as caught:
         tgm.find_shards(config)
     assert name in str(caught.value) and sentence in str(caught.value) and "\n" not in str(caught.value)
@@ -109,7 +122,7 @@ def test_a_bad_shard_is_refused_by_name(tmp_path, fault, name):
 
 def test_too_few_shards_says_how_many(tmp_path):
     config = write_numbered(tmp_path, numbered_config(num_iterations=9), [2049, 2049])
-    with pytest.raises(tgm.UserError, match=r"fineweb_train_000003.bin is missing: 9 steps .* need 5 training shards"):
+    with pytest.raises(tgm.UserError, match=r"fineweb_train_000003.bin is missing: 9 steps need 5 training shards"):
         tgm.find_shards(config)
 
 
@@ -127,52 +140,31 @@ def test_kinds_of_shards_are_not_mixed(tmp_path):
         tgm.find_shards(config)
 
 
-def spoil_later(tmp_path, spoil):
-    """A loader over two shards, the second of which was spoiled after the check at the start."""
-    config = write_numbered(tmp_path, numbered_config(num_iterations=40, vocab_size=50257), [20 * 1024 + 1] * 2)
+@pytest.mark.parametrize("spoil", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:2000])])
+def test_an_error_in_the_background_is_raised_when_its_batch_is_due(tmp_path, spoil):
+    """The second shard was spoiled after the check at the start."""
+    config = write_numbered(tmp_path, numbered_config(num_iterations=4), [2 * 1024 + 1] * 2)
     shards, _ = tgm.find_shards(config)
     spoil(tmp_path / "fineweb_train_000002.bin")
-    return tgm.TrainLoader(shards, config, ALONE)
-
-
-@pytest.mark.parametrize("spoil", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:5000])])
-def test_an_error_in_the_background_reaches_the_main_thread_at_once(tmp_path, spoil):
-    loader = spoil_later(tmp_path, spoil)
+    loader = tgm.TrainLoader(shards, config, ALONE)
+    next(loader), next(loader)
     with pytest.raises(tgm.UserError, match="fineweb_train_000002"):
-        for _ in range(19):  # well before the second shard's turn
-            next(loader)
-            time.sleep(0.05)
+        next(loader)
     loader.close()
 
 
-def test_validation_needs_its_last_target(tmp_path):
-    config = write_text_folder(tmp_path, small_config())
-    write_shard(tmp_path / "text_val_000000.bin", [1] * config.val_tokens)
-    with pytest.raises(tgm.UserError, match="too short"):
-        tgm.find_shards(config)
-
-
-def test_the_next_batch_is_made_on_another_thread(tmp_path, monkeypatch):
-    makers = []
-    batches = tgm.TrainLoader._batches
-
-    def watched(*arguments):
-        for batch in batches(*arguments):
-            makers.append(threading.current_thread())
-            yield batch
-
-    monkeypatch.setattr(tgm.TrainLoader, "_batches", watched)
+def test_batches_are_read_ahead_on_another_thread(tmp_path, monkeypatch):
+    threads, read = [], tgm.Shard.read
+    monkeypatch.setattr(tgm.Shard, "read", lambda *rest: threads.append(threading.current_thread()) or read(*rest))
     config = write_numbered(tmp_path, numbered_config(num_iterations=3), [3 * 1024 + 1])
     loader = tgm.TrainLoader(tgm.find_shards(config)[0], config, ALONE)
-    next(loader)
-    loader.pending.result()
-    assert len(makers) == 2 and threading.main_thread() not in makers  # the second without being asked for
+    loader.pool.submit(int).result()  # what was asked for before is done
+    assert len(threads) > 1 and threading.main_thread() not in threads
     loader.close()
 
 
 def test_an_id_outside_the_vocabulary_is_refused(tmp_path):
-    config = small_config(seq_len=128, num_iterations=1)
-    config = write_text_folder(tmp_path, config)
+    config = write_text_folder(tmp_path, small_config(seq_len=128, num_slices=8, num_iterations=1))
     write_shard(tmp_path / "text_train_000001.bin", [1] * 1024 + [257])
     with pytest.raises(tgm.UserError, match="text_train_000001.bin holds id 257"):
         load(config)
@@ -183,7 +175,7 @@ def test_an_id_outside_the_vocabulary_is_refused(tmp_path):
 
 def test_running_out_of_shards_raises_instead_of_hanging(tmp_path):
     config = write_numbered(tmp_path, numbered_config(num_iterations=2), [2049])
-    loader = tgm.TrainLoader(tgm.find_shards(config)[0], config, ALONE)
+    loader = tgm.TrainLoader(tgm.find_shards(config)[0], tgm.replace(config, num_iterations=3), ALONE)
     next(loader), next(loader)
     with pytest.raises(tgm.UserError, match="needs more shards"):
         next(loader)
@@ -191,28 +183,21 @@ def test_running_out_of_shards_raises_instead_of_hanging(tmp_path):
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_validation_reads_exactly_the_first_tokens(tmp_path, size):
+def test_validation_reads_exactly_the_first_tokens(tmp_path, monkeypatch, size):
     config = write_numbered(tmp_path, numbered_config(num_iterations=1, val_tokens=4096, val_seq_len=1024), [1025])
     write_shard(tmp_path / "fineweb_val_000000.bin", range(5000), 0, 0)
     _, shard = tgm.find_shards(config)
     seen = []
 
-    class Recorder:
-        """Stands in for the model; the ranks of `size` are played one after the other."""
-        def eval(self): pass
-        def train(self): pass
+    def model(ids, targets, **inputs):
+        """The ranks of `size` are played one after the other."""
+        assert torch.equal(targets, ids.long() + 1)
+        assert {name: x.item() for name, x in inputs.items()} == config.model_inputs(1)
+        seen.extend(ids.tolist())
+        return torch.zeros(())
 
-        def __call__(self, ids, targets, window_blocks):
-            assert torch.equal(targets, ids.long() + 1) and window_blocks.item() == tgm.num_window_blocks(1, config)
-            seen.extend(ids.tolist())
-            return torch.zeros(())
-
-    recorder = Recorder()
-    recorder.config = config
-    tgm_all_reduce, tgm.dist.all_reduce = tgm.dist.all_reduce, lambda total: None
-    try:
-        for rank in range(size):
-            tgm.evaluate(recorder, shard, 1, tgm.World(rank, size, CPU))
-    finally:
-        tgm.dist.all_reduce = tgm_all_reduce
+    model.config = config
+    monkeypatch.setattr(tgm.dist, "all_reduce", lambda total: None)
+    for rank in range(size):
+        tgm.evaluate(model, shard, 1, tgm.World(rank, size, CPU))
     assert sorted(seen) == list(range(4096))

@@ -8,18 +8,17 @@ import pytest
 import torch
 
 import train_gpt_medium as tgm
-from helpers import ALONE, CPU, random_ids, same, small_config, tensors, write_text_folder
+from helpers import ALONE, CPU, Watch, enter, random_ids, randomise, same, small_config, tensors, \
+    write_text_folder
+
+SIZES = dict(dtype=torch.float32, num_slices=2, seq_len=128, val_seq_len=128, val_tokens=512)
 
 
 @pytest.fixture
 def tiny_run(tmp_path, monkeypatch):
     """A folder to run in, and a configuration of seconds with shards of random ids: fp32, in which CPUs are fast."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # these runs are a CPU's, on any machine
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "DATA_PATH"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
-    return write_text_folder(tmp_path / "shards", small_config(
-        dtype=torch.float32, num_slices=2, seq_len=128, val_seq_len=128, val_tokens=512))
+    enter(tmp_path, monkeypatch)
+    return write_text_folder(tmp_path / "shards", small_config(**SIZES))
 
 
 def read_log(folder) -> str:
@@ -30,21 +29,16 @@ def read_log(folder) -> str:
 def test_warm_up_leaves_no_trace(tiny_run):
     config = tgm.replace(tiny_run, dtype=torch.bfloat16)  # with mantissas, which are states too
     torch.manual_seed(0)
-    model = tgm.GPT(config)
+    model = config.make_model()
     optimizer = tgm.Optimizer(model, config, ALONE)
-    loader = tgm.TrainLoader(tgm.find_shards(config)[0], config, ALONE)
-    storages = [p.data_ptr() for p in model.parameters()]
+    storages, touched, step = [p.data_ptr() for p in model.parameters()], [], optimizer.step
 
     def state() -> dict:
         return tensors({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "training": model.training,
                         "grads": [p.grad for p in model.parameters()], "rng": torch.get_rng_state(),
-                        "numpy": [str(part) for part in np.random.get_state()],
-                        "loader": loader.source.gi_frame.f_locals["batch"]})
+                        "numpy": [str(part) for part in np.random.get_state()]})
 
-    loader.pending.result()
     before = state()
-    touched = []
-    step = optimizer.step
     optimizer.step = lambda n: (step(n), touched.append(n))
     tgm.warm_up(model, optimizer, ALONE)
     after = state()
@@ -52,28 +46,40 @@ def test_warm_up_leaves_no_trace(tiny_run):
     assert before.keys() == after.keys()
     assert [key for key in before if not same(before[key], after[key])] == []
     assert [p.data_ptr() for p in model.parameters()] == storages
-    assert not optimizer.adamw.state and not optimizer.snoo.sgd.state
-    loader.close()
 
     # And what follows is what would have followed without it.
     torch.manual_seed(0)
-    fresh = tgm.GPT(config)
+    fresh = config.make_model()
     fresh_optimizer = tgm.Optimizer(fresh, config, ALONE)
     tokens = random_ids(2 * 128 + 1, config)
     for n in range(3):
         for m, o in ((model, optimizer), (fresh, fresh_optimizer)):
-            tgm.train_step(m, o, *tgm.split_slices(tokens, 128), n)
-    for (name, p), q in zip(model.named_parameters(), fresh.named_parameters()):
-        assert torch.equal(p, q[1]), name
+            tgm.train_step(m, o, *tgm.split_pieces(tokens, 128), n)
+    assert [name for (name, p), q in zip(model.named_parameters(), fresh.parameters()) if not torch.equal(p, q)] == []
 
 
-def test_warm_up_also_runs_validation(tiny_run, monkeypatch):
-    config, seen, latents = tgm.replace(tiny_run, val_seq_len=256), [], tgm.GPT.latents
-    monkeypatch.setattr(tgm.GPT, "latents",
-                        lambda self, ids, w: seen.append((torch.is_grad_enabled(), len(ids))) or latents(self, ids, w))
-    model = tgm.GPT(config)
-    tgm.warm_up(model, tgm.Optimizer(model, config, ALONE), ALONE)
-    assert seen == [(True, 128)] * 4 + [(False, 256)]
+def test_warm_up_also_runs_validation_and_holds_no_second_copy_on_the_device(tiny_run, monkeypatch):
+    """Its peak is that of the steps it takes; putting states back takes nothing beyond them."""
+    config, seen, forward = tgm.replace(tiny_run, val_seq_len=256), [], tgm.GPT.forward
+    monkeypatch.setattr(tgm.GPT, "forward", lambda self, ids, *rest, **inputs: seen.append(
+        (torch.is_grad_enabled(), len(ids))) or forward(self, ids, *rest, **inputs))
+    peaks = []
+    for warms_up in (True, False):
+        with Watch([]) as watch:
+            model = config.make_model()
+            optimizer = tgm.Optimizer(model, config, ALONE)
+            watch.peak = watch.live
+            optimizer.reset_states()
+            assert watch.peak == watch.live
+            if warms_up:
+                tgm.warm_up(model, optimizer, ALONE)
+            else:
+                ids = torch.zeros(2, 128, dtype=torch.int32)
+                for step in (0, 3):
+                    tgm.train_step(model, optimizer, ids, ids.long(), step)
+        peaks.append(watch.peak)
+    assert seen == [(True, 128)] * 4 + [(False, 256)] + [(True, 128)] * 4
+    assert abs(peaks[0] - peaks[1]) < 100, peaks  # single numbers
 
 
 def test_the_clock_adds_up_its_stretches_and_waits_for_all_ranks(monkeypatch):
@@ -100,66 +106,50 @@ def test_ranks_share_the_seed_of_rank_0(monkeypatch):
     assert tgm.draw_seed(small_config(seed=None), tgm.World(1, 2, CPU)) == 42
 
 
-def test_bf16_micro_batches_are_averaged_in_fp32():
-    torch.manual_seed(0)
-    p, grads = torch.nn.Parameter(torch.zeros(1000, dtype=torch.bfloat16)), torch.randn(8, 1000).bfloat16()
-
-    class Model:
-        config = small_config()
-
-        def __call__(self, ids, targets, window_blocks):
-            return (p * grads[int(ids[0])]).sum()
-
-    class Catcher:
-        params = [p]
-
-        def step(self, step):
-            self.caught = p.grad.clone()
-
-    catcher = Catcher()
-    tgm.train_step(Model(), catcher, torch.arange(8)[:, None], torch.zeros(8, 1), 0)
-    exact = grads.double().mean(0)  # one rounding to bf16, and fp32's of numbers of order one
-    assert ((catcher.caught.double() - exact).abs() <= exact.abs() * 2 ** -8 + 1e-6).all()
+def test_a_mean_of_gradients_is_taken_in_fp32_without_another_copy():
+    grads = torch.randn(3, 2 ** 25 + 3).bfloat16()
+    mean = torch.zeros(grads.size(1))
+    with Watch([mean, grads]) as watch:
+        for n, grad in enumerate(grads, start=1):
+            tgm.update_mean(mean, grad, n)
+    assert watch.peak <= mean.nbytes / 2
+    # Rounding of fp32, on numbers of order one.
+    torch.testing.assert_close(mean, grads.float().mean(0), rtol=0, atol=4 * 2 ** -24 * grads.abs().max().item())
 
 
-def test_log_is_the_whole_truth(tiny_run, tmp_path, capsys):
-    """Of a whole run in the record's dtypes."""
-    config = tgm.replace(tiny_run, dtype=torch.bfloat16)
+@pytest.mark.parametrize("preset", tgm.PRESETS)
+def test_log_is_the_whole_truth(tiny_run, preset, tmp_path, capsys):
+    """Of a whole run in the preset's dtypes."""
+    config = small_config(preset, **SIZES | dict(dtype=tgm.PRESETS[preset]().dtype, data_dir=tiny_run.data_dir))
     val_loss = tgm.main(config)
     log = read_log(tmp_path)
     source, environment, steps = log.split("=" * 100 + "\n")[-3:]
     assert log.startswith(open(tgm.__file__).read())
     for name, value in vars(config).items():
-        assert f"{name} = {value!r}" in environment
+        assert f"\n{name} = {value!r}\n" in environment
     assert f"PyTorch {torch.__version__}" in environment and "seed drawn or given: 1\n" in environment
     assert "SYNTHETIC" not in environment
-    number, scalar = r"\d+\.\d+", r"-?\d+\.\d{6,}"
-    validation = re.compile(rf"step:(\d+)/6 val_loss:({scalar}) train_time:(\d+)ms step_avg:{number}ms "
-                            rf"smear_lambda:({scalar}) backout_lambda_0:{scalar} backout_lambda_1:{scalar}")
-    training = re.compile(rf"step:(\d+)/6 train_time:(\d+)ms step_avg:{number}ms")
-    lines = steps.splitlines()
-    validations = [found.groups() for line in lines if (found := validation.fullmatch(line))]
-    trainings = [found.groups() for line in lines if (found := training.fullmatch(line))]
-    assert [int(groups[0]) for groups in validations] == [0, 4, 6]  # the last one out of turn
-    assert [int(groups[0]) for groups in trainings] == [1, 2, 3, 4, 5, 6]
-    assert len(lines) == 10 and re.fullmatch(r"peak memory: \d+ MiB resident", lines[-1])
+    *lines, last = steps.splitlines()
+    assert re.fullmatch(r"peak memory: \d+ MiB resident", last)
+    parts = [re.fullmatch(r"step:(\d+)/6 (?:val_loss:(\d+\.\d{6}) )?train_time:(\d+)ms step_avg:\d+\.\d\dms (.*)",
+                          line).groups() for line in lines]
+    tokens = np.cumsum([0, *map(config.batch_tokens, range(6))])
+    assert [(int(step), further) for step, loss, _, further in parts if loss is None] == [
+        (step, " ".join(f"{name}:{x}" for name, x in {"tokens": tokens[step], **config.model_inputs(step - 1)}.items()))
+        for step in range(1, 7)]
+    validations = [groups for groups in parts if groups[1] is not None]
+    assert [int(step) for step, *_ in validations] == [0, 4, 6]  # the last one out of turn
     assert float(validations[-1][1]) == pytest.approx(val_loss, abs=1e-6)
-    assert float(validations[0][3]) == 0 != float(validations[-1][3])
-    times = [int(groups[2]) for groups in validations]
+    names = [dict(re.findall(r"(\w+):(-?\d+\.\d{6})", further)).keys() for *_, further in validations]
+    assert names == [config.make_model().report().keys()] * 3
+    assert validations[0][3] != validations[-1][3]
+    times = [int(milliseconds) for _, _, milliseconds, _ in parts]
     assert times[0] == 0 and times == sorted(times)
-    assert validations[-1][0] in capsys.readouterr().out
-
-
-def test_without_smear_mtp_the_log_has_no_lambda(tiny_run, tmp_path):
-    tgm.main(tgm.replace(tiny_run, smear_mtp=False))
-    lines = [line for line in read_log(tmp_path).splitlines() if line.startswith("step:") and "val_loss" in line]
-    assert len(lines) == 3
-    for line in lines:
-        assert "smear_lambda" not in line and "backout_lambda_1:" in line
+    assert lines[-1] in capsys.readouterr().out
 
 
 def losses_of(folder) -> list[str]:
-    return [re.findall(r"^step:\d+/\d+ (val_loss:\S+) .* (smear_lambda.*)$", path.read_text(), re.M)
+    return [re.findall(r"^step:\d+/\d+ (val_loss:\S+) .*?ms .*?ms (.*)$", path.read_text(), re.M)
             for path in sorted((folder / "logs").iterdir(), key=os.path.getmtime)]
 
 
@@ -196,31 +186,26 @@ def test_validation_is_untimed(tiny_run, tmp_path, monkeypatch):
     assert running == ["warm-up"] * 2 + [False] + [True] * 4 + [False] + [True] * 2 + [False]
 
 
-def test_validation_uses_the_window_after_the_completed_steps(tiny_run, monkeypatch):
-    config = tgm.replace(tiny_run, num_iterations=4, val_every=1, warmup_steps=0)
-    seen = []
-    latents = tgm.GPT.latents
-    monkeypatch.setattr(tgm.GPT, "latents",
-                        lambda self, ids, w: seen.append((torch.is_grad_enabled(), int(w))) or latents(self, ids, w))
+def test_validation_has_the_inputs_after_the_completed_steps(tiny_run, monkeypatch):
+    config, seen, forward = tgm.replace(tiny_run, num_iterations=4, val_every=1, warmup_steps=0), [], tgm.GPT.forward
+    monkeypatch.setattr(tgm.GPT, "forward", lambda self, *rest, **inputs: seen.append(
+        (torch.is_grad_enabled(), {name: x.item() for name, x in inputs.items()})) or forward(self, *rest, **inputs))
     tgm.main(config)
-    windows = [tgm.num_window_blocks(step, config) for step in range(5)]
-    assert len(set(windows)) >= 3
-    order = [w for i, w in enumerate(seen) if i == 0 or w != seen[i - 1]]
-    expected = [(False, 1)]  # the warm-up's look at validation
-    for step, w in enumerate(windows):
-        expected += [(False, w)] + ([(True, w)] if step < 4 else [])
-    assert order == [w for i, w in enumerate(expected) if i == 0 or w != expected[i - 1]]
+    expected = [(False, config.model_inputs(0))]  # the warm-up's look at validation
+    for step in range(5):
+        expected += [(False, config.model_inputs(step))] * 4  # 512 tokens in sequences of 128
+        expected += [(True, config.model_inputs(step))] * 2 if step < 4 else []
+    assert seen == expected
 
 
 def test_micro_batches_are_all_used(tiny_run):
     """The gradient of a step is the mean over its slices: checked against one slice at a time."""
     torch.manual_seed(0)
-    model = tgm.GPT(tiny_run)
-    with torch.no_grad():
-        model.lm_head.normal_(std=0.1)
-    inputs, targets = tgm.split_slices(random_ids(8 * 128 + 1, tiny_run), 128)
-    w = tgm.as_window(tgm.num_window_blocks(0, tiny_run), CPU)
-    total = torch.stack([model(ids, target, w) for ids, target in zip(inputs, targets)]).mean()
+    model = tiny_run.make_model()
+    randomise(model)
+    inputs, targets = tgm.split_pieces(random_ids(8 * 128 + 1, tiny_run), 128)
+    further = tgm.inputs_at(0, tiny_run, CPU)
+    total = torch.stack([model(ids, target, **further) for ids, target in zip(inputs, targets)]).mean()
     total.backward()
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
@@ -239,8 +224,9 @@ def test_micro_batches_are_all_used(tiny_run):
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tiny_run, tmp_path):
+    groups = tuple(group._replace(rule=tgm.replace(group.rule, lr=float("inf"))) for group in tiny_run.groups)
     with pytest.raises(tgm.UserError, match="the loss of step 2 was not finite.*No checkpoint was kept"):
-        tgm.main(tgm.replace(tiny_run, embed_lr=float("inf")))
+        tgm.main(tgm.replace(tiny_run, groups=groups))
     assert "step:4/6 train_time" in read_log(tmp_path)  # what was done is in the log
 
 

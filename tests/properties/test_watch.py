@@ -1,13 +1,14 @@
 """What is not finite: found at its step, told once the ranks agree, without a look at the device in between."""
+import contextlib
 import math
 
 import pytest
 import torch
 
 import train_gpt_medium as tgm
-from helpers import ALONE, CPU, run_ranks, small_config, write_text_folder
+from helpers import ALONE, FEW_LAYERS, run_ranks, small_config, write_text_folder
 
-CAUSES = ["loss", "qkvo gradient"]
+CAUSES, EVERY = ["loss", "qkvo gradient"], 16
 
 
 def note_all(watch: tgm.Watch, num_steps: int, bad: dict[int, tuple[float, float]]) -> None:
@@ -19,52 +20,43 @@ def note_all(watch: tgm.Watch, num_steps: int, bad: dict[int, tuple[float, float
     ({3: (math.nan, 1.0)}, "the loss of step 3 was not finite"),
     ({3: (1.0, math.inf)}, "the qkvo gradient of step 3 was not finite"),
     ({3: (1.0, -math.inf), 5: (math.nan, math.nan)}, "the qkvo gradient of step 3 was not finite"),
-    ({16: (math.nan, math.nan)}, "the loss of step 16 was not finite")])
-def test_the_first_cause_is_told_one_look_later(bad, sentence):
-    watch = tgm.Watch(CAUSES, ALONE)
-    note_all(watch, 2 * tgm.WATCH_EVERY - 1, bad)
-    with pytest.raises(tgm.UserError, match=sentence):
-        watch.note(2 * tgm.WATCH_EVERY, [torch.tensor(1.0)] * 2)
-
-
-def test_asking_tells_at_once():
-    watch = tgm.Watch(CAUSES, ALONE)
-    watch.read()  # nothing was asked yet
-    note_all(watch, 5, {5: (1.0, math.nan)})
-    watch.ask()
-    with pytest.raises(tgm.UserError, match="qkvo gradient of step 5"):
-        watch.read()
-
-
-def test_finite_numbers_never_stop_a_run():
-    watch = tgm.Watch(CAUSES, ALONE)
-    note_all(watch, 10 * tgm.WATCH_EVERY, {7: (3e38, -3e38)})
-    watch.ask()
-    watch.read()
+    ({16: (math.nan, math.nan)}, "the loss of step 16 was not finite"),
+    ({7: (3e38, -3e38)}, "")])
+def test_the_first_cause_is_told_one_look_later_or_when_asked(bad, sentence):
+    for asked in (False, True):
+        watch = tgm.Watch(CAUSES, EVERY, ALONE)
+        watch.read()  # nothing was asked yet
+        note_all(watch, EVERY if asked else 2 * EVERY - 1, bad)
+        with pytest.raises(tgm.UserError, match=sentence) if sentence else contextlib.nullcontext():
+            if asked:
+                watch.ask()
+                watch.read()
+            else:
+                watch.note(2 * EVERY, [torch.tensor(1.0)] * 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_one_bad_gradient_shows_in_the_sum_of_its_bank(dtype, value):
     params = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in ((3, 128), (5, 128))]
-    bank = tgm.Bank(params, (128,), ALONE, tgm.average_parts)
+    bank = tgm.Bank(params, (128,), ALONE, tgm.average_ranks)
     for bad in (False, True):
         for p in params:
             p.grad = torch.randn(p.shape).to(dtype)
         if bad:
             params[1].grad[4, 127] = value
             params[0].grad[0, 0] = -value  # opposite infinities make a nan
-        bank.start_reduce()
-        bank.finish_reduce()
+        bank.send_grads()
+        bank.average_grads()
         assert bank.grad_sum.isfinite().item() is not bad and bank.grad_sum.dtype == torch.float32
 
 
 def two_ranks_of_which_one_is_bad(world: tgm.World) -> list[str]:
     told = []
     for bad_rank, bad in ((1, {4: (math.nan, 1.0)}), (0, {9: (1.0, math.nan)})):
-        watch = tgm.Watch(CAUSES, world)
+        watch = tgm.Watch(CAUSES, EVERY, world)
         try:
-            note_all(watch, 3 * tgm.WATCH_EVERY, bad if world.rank == bad_rank else {})
+            note_all(watch, 3 * EVERY, bad if world.rank == bad_rank else {})
         except tgm.UserError as error:
             told.append(str(error))
     return told
@@ -76,27 +68,28 @@ def test_all_ranks_stop_together(tmp_path):
     assert "loss of step 4" in first[0] and "qkvo gradient of step 9" in first[1]
 
 
-@pytest.mark.parametrize("name, role", [("blocks.1.qkvo", "qkvo"), ("lm_head", "lm_head"), ("embeds", "embeds"),
-                                        ("blocks.0.mlp_fc", "mlp_fc"), ("skip_weights", "scalars")])
-def test_a_step_leaves_the_sum_of_every_bank(name, role):
-    config = small_config(dtype=torch.float32, num_slices=1, seq_len=128, backout_from=0,
-                          layers=(tgm.Layer(value_embed=0), tgm.Layer(skip_from=0)))
-    model = tgm.GPT(config)
-    optimizer = tgm.Optimizer(model, config, ALONE)
-    params = dict(model.named_parameters())
-    params[name].register_hook(lambda grad: torch.full_like(grad, math.nan))
-    ids = torch.zeros(1, 128, dtype=torch.int32, device=CPU)
-    loss = tgm.train_step(model, optimizer, ids, ids.long(), 0)
-    assert loss.isfinite()
-    assert [bank for bank in optimizer.banks if not optimizer.banks[bank].grad_sum.isfinite()] == [role]
+@pytest.mark.parametrize("preset", tgm.PRESETS)
+def test_a_step_leaves_the_sum_of_every_bank(preset):
+    config = small_config(preset, dtype=torch.float32, num_slices=1, seq_len=128)
+    ids = torch.zeros(1, 128, dtype=torch.int32)
+    by_role = {name.split(".")[-1]: name for name, _ in config.make_model().named_parameters()}
+    for name in by_role.values():
+        model = config.make_model()
+        optimizer = tgm.Optimizer(model, config, ALONE)
+        bad = dict(model.named_parameters())[name]
+        bad.register_hook(lambda grad: torch.full_like(grad, math.nan))
+        loss = tgm.train_step(model, optimizer, ids, ids.long(), 0)
+        assert loss.isfinite()
+        for bank_name, bank in optimizer.banks.items():
+            assert bank.grad_sum.isfinite().item() is not any(p is bad for p in bank.params), (name, bank_name)
 
 
 def test_a_run_names_the_bank(tmp_path, monkeypatch):
     """The first look is before the validation after step 4; the loss of step 3 is not finite either, but later."""
     monkeypatch.chdir(tmp_path)
     config = write_text_folder(tmp_path, small_config(
-        dtype=torch.float32, num_slices=1, seq_len=128, val_seq_len=128, val_tokens=512, backout_from=0,
-        layers=(tgm.Layer(value_embed=0), tgm.Layer(skip_from=0))))
+        layers=FEW_LAYERS, backout_from=1, dtype=torch.float32, num_slices=1, seq_len=128, val_seq_len=128,
+        val_tokens=512))
     model, backward_passes = tgm.GPT(config), []
     model.lm_head.register_hook(
         lambda grad: backward_passes.append(1) or (grad * math.inf if len(backward_passes) == 2 else grad))

@@ -43,8 +43,8 @@ def test_sixty_steps_reproduce_the_record(tmp_path, monkeypatch):
         pytest.skip("this torch's fused SGD on a CPU is not the one with which the answers were computed")
     config = tgm.Config(
         preset="tiny", data_dir=str(tmp_path), vocab_size=509, doc_token=508, num_heads=2, head_dim=32, seq_len=512,
-        num_slices=2, val_tokens=8 * 512, val_seq_len=512, num_iterations=60, max_window=512, momentum_warmup_steps=20,
-        snoo_every=7, val_every=10)
+        stages=(tgm.Stage(num_slices=2),), val_tokens=8 * 512, val_seq_len=512, num_iterations=60, max_window=512,
+        momentum_warmup_steps=20, snoo=tgm.Snoo(every=7), val_every=10)
     write_shard(tmp_path / "text_train_000001.bin", ids[:60 * 1024 + 1], 509, 508)
     write_shard(tmp_path / "text_val_000000.bin", ids[-(8 * 512 + 1):], 509, 508)
     model = tgm.GPT(config)
@@ -65,8 +65,8 @@ def test_sixty_steps_reproduce_the_record(tmp_path, monkeypatch):
     optimizer = tgm.Optimizer(model, config, ALONE)
     # The answers were computed with fused SGD in Snoo, which on a CPU leaves bf16 parameters at the last outer weights.
     # The trainer avoids that kernel on a CPU (test_optimizers.py checks its Snoo in bf16); to compare, it is put back.
-    optimizer.snoo.sgd = torch.optim.SGD(optimizer.snoo.outer.values(), lr=config.snoo_lr,
-                                         momentum=config.snoo_momentum, nesterov=True, fused=True)
+    sgd = tgm.sgd
+    monkeypatch.setattr(tgm, "sgd", lambda *args, **options: sgd(*args, **(options | {"fused": True})))
     tgm.train(model, optimizer, loader, val_shard, ALONE, log)
 
     vals = [[float(x) for x in re.findall(r"[a-z_01]+:(-?[\d.]+)", line)] for line in log if "val_loss" in line]

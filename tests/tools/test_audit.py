@@ -10,7 +10,7 @@ import torch
 import audit
 import train_gpt_medium as tgm
 import weights
-from helpers import ALONE, RECORDS, randomise, small_config, train_few_layers
+from helpers import ALONE, RECORDS, as_window, randomise, small_config, train_few_layers
 
 CHECKS = ["suffix", "documents", "probabilities", "validation", "warm-up"]
 
@@ -22,7 +22,7 @@ def on_a_cpu(monkeypatch):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> tuple[tgm.Config, Path]:
-    return train_few_layers(tmp_path_factory.mktemp("run"))
+    return train_few_layers(tmp_path_factory.mktemp("run"), smear_mtp=True)
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,12 @@ def trained(run) -> weights.Weights:
 @pytest.fixture
 def model(trained) -> tgm.GPT:
     return weights.build_model(trained)
+
+
+@pytest.fixture
+def steps(run) -> list[int]:
+    """With windows of 1, 2 and 4 blocks."""
+    return audit.audited_steps(8, run[0])
 
 
 @pytest.fixture
@@ -55,7 +61,8 @@ def test_a_trained_checkpoint_passes(run, capsys):
     assert weights.main(["audit", str(folder), "--data", config.data_dir]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [["ok", f"{check}:"] for check in CHECKS]
-    assert "126 changes of later tokens, windows 1, 2, 4" in lines[0]  # 3 windows, 14 prefixes, 3 kinds of changes
+    # 3 windows, 14 prefixes, 3 kinds of changes
+    assert "126 changes of later tokens, window_blocks:1, window_blocks:2, window_blocks:4: no" in lines[0]
     assert "9 changes before a document" in lines[1] and "6 first tokens'" in lines[1]  # one follows a document token
     assert "targets 1 to 2,048 of text_val_000000.bin" in lines[3]
 
@@ -68,7 +75,7 @@ def fewer_changes(monkeypatch):
 
 
 def test_a_failure_is_a_line_and_the_exit_status(run, fewer_changes, capsys, monkeypatch):
-    monkeypatch.setattr(tgm.Snoo, "load_state_dict", lambda self, saved: None)
+    patch_trainer(monkeypatch, "Optimizer.reset_states", reset_but("embeds", "exp_avg"))
     assert weights.main(["audit", str(run[1]), "--data", run[0].data_dir]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["ok"] * 4 + ["FAILED"]
@@ -77,7 +84,7 @@ def test_a_failure_is_a_line_and_the_exit_status(run, fewer_changes, capsys, mon
 def test_where_a_whole_batch_needs_a_gpu_warm_up_is_not_run(run, fewer_changes, capsys, monkeypatch):
     monkeypatch.setattr(weights, "needs_gpu", lambda model: True)
     assert weights.main(["audit", str(run[1]), "--data", run[0].data_dir]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith("not run  warm-up: preset tiny trains on a CUDA GPU")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("not run  warm-up: preset medium trains on a CUDA GPU")
     assert weights.main(["evaluate", str(run[1]), "--data", run[0].data_dir]) == 1
     assert "need a CUDA GPU" in capsys.readouterr().err
 
@@ -125,11 +132,7 @@ def smear_with(*shifts):
     return smear
 
 
-def finish_with_mean(self, x, middle):
-    return original_finish(self, x, middle) + 1e-3 * x.mean(0)
-
-
-original_finish = tgm.GPT.finish
+original_finish, original_forward = tgm.GPT.finish, tgm.GPT.forward
 FROM_THE_FUTURE = {
     "one later token of a block": lambda: ("block_masks", with_mask(lambda q, k: k == q + 1)),
     "the last of a block": lambda: ("block_masks", with_mask(lambda q, k: k % 128 == 127)),
@@ -137,7 +140,10 @@ FROM_THE_FUTURE = {
     "over a document's border": lambda: ("dense_mask", with_pair(199, 200)),
     "the very last token": lambda: ("dense_mask", with_pair(510, 511)),
     "a smear that looks forward": lambda: ("smear", smear_with(-1)),
-    "the mean of the sequence": lambda: ("GPT.finish", finish_with_mean),
+    "the target itself": lambda: ("GPT.forward", lambda self, ids, targets, window_blocks: original_forward(
+        self, targets, targets, window_blocks)),
+    "the mean of the sequence": lambda: ("GPT.finish", lambda self, x, middle: original_finish(
+        self, x, middle) + 1e-3 * x.mean(0)),
 }
 
 
@@ -146,28 +152,29 @@ def patch_trainer(monkeypatch, name, replacement) -> None:
 
 
 @pytest.mark.parametrize("fault", FROM_THE_FUTURE)
-def test_later_tokens_in_sight_are_caught(model, ids, monkeypatch, fault):
+def test_later_tokens_in_sight_are_caught(model, ids, steps, monkeypatch, fault):
     patch_trainer(monkeypatch, *FROM_THE_FUTURE[fault]())
-    outcome = audit.check_suffixes(model, ids, [2])
+    outcome = audit.check_suffixes(model, ids, steps[1:2])
     assert outcome.passed is False and "reach earlier logits" in outcome.numbers
 
 
-def test_a_leak_in_one_window_is_caught(model, ids, fewer_changes, monkeypatch):
+def test_a_leak_in_one_window_is_caught(model, ids, steps, fewer_changes, monkeypatch):
     original = tgm.block_masks
     leaky = with_mask(lambda q, k: k == q + 1)
-    patch_trainer(monkeypatch, "block_masks", lambda ids, w, doc: (leaky if w == 4 else original)(ids, w, doc))
-    assert audit.check_suffixes(model, ids, [1, 2]).passed
-    assert "window 4" in audit.check_suffixes(model, ids, [1, 2, 4]).numbers
+    patch_trainer(monkeypatch, "block_masks", lambda ids, windows, doc_token: (
+        leaky if windows[0] == 4 else original)(ids, windows, doc_token))
+    assert audit.check_suffixes(model, ids, steps[:2]).passed
+    assert "(window_blocks:4, from token 100: " in audit.check_suffixes(model, ids, steps).numbers
 
 
-def test_a_model_that_no_token_moves_is_no_proof(model, ids, fewer_changes):
+def test_a_model_that_no_token_moves_is_no_proof(model, ids, steps, fewer_changes):
     with torch.no_grad():
         model.lm_head.zero_()
-    outcome = audit.check_suffixes(model, ids, [2])
+    outcome = audit.check_suffixes(model, ids, steps[1:2])
     assert outcome.passed is False and "do not reach their own logits" in outcome.numbers
     with torch.no_grad():
         model.backout_lambdas.zero_()
-    outcome = audit.check_documents(model, ids, [2])
+    outcome = audit.check_documents(model, ids, steps[1:2])
     assert outcome.passed is False and "change nothing at all" in outcome.numbers
 
 
@@ -180,10 +187,10 @@ ACROSS_DOCUMENTS = {
 
 
 @pytest.mark.parametrize("fault", ACROSS_DOCUMENTS)
-def test_earlier_documents_in_sight_are_caught(model, ids, monkeypatch, fault):
+def test_earlier_documents_in_sight_are_caught(model, ids, steps, monkeypatch, fault):
     smear_lambda = model.smear_lambda.clone()
     patch_trainer(monkeypatch, *ACROSS_DOCUMENTS[fault]())
-    outcome = audit.check_documents(model, ids, [2])
+    outcome = audit.check_documents(model, ids, steps[1:2])
     assert outcome.passed is False and "reach into it" in outcome.numbers
     assert torch.equal(model.smear_lambda, smear_lambda) and smear_lambda != 0
 
@@ -191,12 +198,13 @@ def test_earlier_documents_in_sight_are_caught(model, ids, monkeypatch, fault):
 def test_without_smear_mtp_not_even_a_first_token_looks_back(ids, monkeypatch):
     model = tgm.GPT(small_config(smear_mtp=False, dtype=torch.float32))
     randomise(model)
-    outcome = audit.check_documents(model, ids, [2])
+    steps = audit.audited_steps(1, model.config)
+    outcome = audit.check_documents(model, ids, steps)
     assert outcome.passed and "but 0 first tokens'" in outcome.numbers
     patch_trainer(monkeypatch, "GPT.finish", lambda self, x, middle: tgm.smear(
         original_finish(self, x, middle), torch.tensor(0.1)))
-    outcome = audit.check_documents(model, ids, [2])
-    assert outcome.passed is False and "0 latents after the first, 1 without" in outcome.numbers
+    outcome = audit.check_documents(model, ids, steps)
+    assert outcome.passed is False and "0 positions after the first, 1 without" in outcome.numbers
 
 
 # ---- losses that are none
@@ -216,28 +224,28 @@ NOT_NORMALISED = {
 
 
 @pytest.mark.parametrize("fault", NOT_NORMALISED)
-def test_a_loss_that_is_not_normalised_is_caught(model, ids, monkeypatch, fault):
+def test_a_loss_that_is_not_normalised_is_caught(model, ids, steps, monkeypatch, fault):
     patch_trainer(monkeypatch, "cross_entropy", lambda z, targets, softcap, with_grad: NOT_NORMALISED[fault](
         z, z.gather(1, targets[:, None])[:, 0], softcap))
-    assert audit.check_probabilities(model, ids, 2).passed is False
+    assert audit.check_probabilities(model, ids, steps[1]).passed is False
 
 
-def test_padded_rows_count_even_where_training_has_silenced_them(model, ids, monkeypatch):
+def test_padded_rows_count_even_where_training_has_silenced_them(model, ids, steps, monkeypatch):
     """Their probability under a latent is below the tolerance then; under logits of zero it is not."""
     with torch.no_grad():
-        latents = model.latents(ids, tgm.as_window(2, torch.device("cpu")))
+        latents = model.latents(ids, as_window(2))
         model.lm_head[257:] = -1e4 * latents[[256, -1]].sum(0)
-    assert audit.check_probabilities(model, ids, 2).passed
+    assert audit.check_probabilities(model, ids, steps[1]).passed
     patch_trainer(monkeypatch, "cross_entropy", lambda z, targets, softcap, with_grad: loss_of(
         z[:, :257], z.gather(1, targets[:, None])[:, 0], softcap))
-    outcome = audit.check_probabilities(model, ids, 2)
+    outcome = audit.check_probabilities(model, ids, steps[1])
     assert outcome.passed is False and "1.4941634: " in outcome.numbers  # 384 / 257
 
 
-def test_targets_in_pieces_are_all_targets(model, ids, monkeypatch):
-    whole = audit.check_probabilities(model, ids, 2)
+def test_targets_in_pieces_are_all_targets(model, ids, steps, monkeypatch):
+    whole = audit.check_probabilities(model, ids, steps[1])
     monkeypatch.setattr(audit, "TARGETS_AT_ONCE", 100 * 384)
-    assert audit.check_probabilities(model, ids, 2) == whole
+    assert audit.check_probabilities(model, ids, steps[1]) == whole
 
 
 # ---- validations of something else
@@ -251,17 +259,17 @@ def test_the_records_constants(tmp_path):
     assert outcome.passed and "targets 1 to 10,485,760 of fineweb_val_000000.bin, each once" in outcome.numbers
 
 
-split_slices, evaluate, read = tgm.split_slices, tgm.evaluate, tgm.Shard.read
+split_pieces, evaluate, read = tgm.split_pieces, tgm.evaluate, tgm.Shard.read
 OTHER_VALIDATIONS = {
-    "a piece skipped": (("split_slices", lambda *args: tuple(x[:-1] for x in split_slices(*args))), "1 of 4 pieces"),
-    "a piece repeated": (("split_slices", lambda *args: tuple(x[[0, 1, 2, 3, 3]] for x in split_slices(*args))),
+    "a piece skipped": (("split_pieces", lambda *args: tuple(x[:-1] for x in split_pieces(*args))), "1 of 4 pieces"),
+    "a piece repeated": (("split_pieces", lambda *args: tuple(x[[0, 1, 2, 3, 3]] for x in split_pieces(*args))),
                          "0 of 4 pieces are not fed, 1 twice"),
     "the ranks share rank 0's pieces": (("evaluate", lambda model, shard, step, world: evaluate(
         model, shard, step, world._replace(rank=0))), "2 ranks: 2 of 4 pieces are not fed, 2 twice"),
-    "targets not shifted": (("split_slices", lambda tokens, n: (tokens[:-1].view(-1, n),) * 2), "4 of 4 pieces"),
-    "from the second token on": (("Shard.read", lambda self, count, vocab_size: read(self, count, vocab_size)[
-        [*range(1, count), 0]]), "4 of 4 pieces"),
-    "other pieces": (("split_slices", lambda tokens, n: split_slices(tokens, n // 2)), "4 of 4 pieces"),
+    "targets not shifted": (("split_pieces", lambda tokens, n: (tokens[:-1].view(-1, n),) * 2), "4 of 4 pieces"),
+    "from the second token on": (("Shard.read", lambda self, start, count, vocab_size: read(
+        self, start, count, vocab_size).roll(-1)), "4 of 4 pieces"),
+    "other pieces": (("split_pieces", lambda tokens, n: split_pieces(tokens, n // 2)), "4 of 4 pieces"),
     "another mean": (("evaluate", lambda *args: evaluate(*args) * (1 - 1e-9)), "0.999999999 times the mean"),
 }
 
@@ -276,8 +284,14 @@ def test_a_validation_of_other_targets_is_caught(run, shard, monkeypatch, fault)
 
 # ---- warm-ups that leave a trace
 
-def nothing(*_, **__) -> None:
-    pass
+def reset_but(bank, state):
+    """`Optimizer.reset_states` that leaves one state as it is."""
+    def reset_states(self):
+        kept = {name: x for name, x in self.banks[bank].state.items() if name == state}
+        original(self)
+        self.banks[bank].state.update(kept)
+    original = tgm.Optimizer.reset_states
+    return reset_states
 
 
 def also(leave):
@@ -289,16 +303,12 @@ def also(leave):
     return warm_up
 
 
-def leave_gradient(model) -> None:
-    model.lm_head.grad = torch.zeros_like(model.lm_head)
-
-
 TRACES = {
-    "parameters": ("GPT.load_state_dict", lambda: nothing, "parameters/"),
-    "AdamW": ("torch.optim.AdamW.load_state_dict", lambda: nothing, "optimizer/adamw/"),
-    "Muon": ("Muon.load_state_dict", lambda: nothing, "optimizer/muon/"),
-    "Snoo": ("Snoo.load_state_dict", lambda: nothing, "optimizer/snoo/"),
-    "gradient": ("warm_up", lambda: also(leave_gradient), "(gradients/lm_head)"),
+    "parameters": ("warm_up", lambda: also(lambda model: model.lm_head.data.add_(1)), "(parameters/lm_head)"),
+    **{name: ("Optimizer.reset_states", lambda path=path: reset_but(*path), "(optimizer/{}/{})".format(*path))
+       for name, path in (("AdamW", ("embeds", "exp_avg")), ("Muon", ("qkvo", "momentum_buffer")),
+                          ("Snoo", ("lm_head", "outer_momentum")))},
+    "gradient": ("warm_up", lambda: also(lambda model: model.lm_head.sum().backward()), "(gradients/lm_head)"),
     "torch's generator": ("warm_up", lambda: also(lambda model: torch.rand(1)), "(torch's random state)"),
     "numpy's generator": ("warm_up", lambda: also(lambda model: np.random.rand()), "(numpy's random state)"),
     "Python's generator": ("warm_up", lambda: also(lambda model: random.random()), "(Python's random state)"),

@@ -13,6 +13,7 @@ from torch.autograd import DeviceType
 import bench
 import helpers
 import plain_twin
+import plan
 import step_model
 import train_gpt_medium as tgm
 from helpers import CPU, small_config
@@ -45,8 +46,8 @@ def test_window_weights_sum_to_one():
 
 def test_sides_have_the_same_weights_and_no_initial_value():
     config = small_config()
-    ours, plain, no_smear = (side.model for side in bench.make_sides(("ours", "plain", "no-smear"), config, CPU))
-    assert isinstance(plain, plain_twin.GPT) and not no_smear.config.smear_mtp
+    ours, plain, baseline = (side.model for side in bench.make_sides(bench.SIDES, config, CPU))
+    assert isinstance(plain, plain_twin.GPT) and not baseline.config.smear_mtp
     weights = dict(ours.named_parameters())
     for name, p in weights.items():
         if p.ndim < 2 or "lambdas" in name:
@@ -56,8 +57,8 @@ def test_sides_have_the_same_weights_and_no_initial_value():
     assert ours.lm_head.std().item() == pytest.approx(0.02, rel=0.05)
     for name, p in plain_twin.twin_of(weights).items():
         assert torch.equal(p, dict(plain.named_parameters())[name]), name
-    assert dict(no_smear.named_parameters()).keys() == weights.keys() - {"smear_lambda"}
-    assert all(torch.equal(p, weights[name]) for name, p in no_smear.named_parameters())
+    assert dict(baseline.named_parameters()).keys() == weights.keys() - {"smear_lambda"}
+    assert all(torch.equal(p, weights[name]) for name, p in baseline.named_parameters())
 
 
 def test_flop_counts_are_those_of_the_budget():
@@ -280,8 +281,8 @@ def test_main_on_a_gpu_writes_results_and_refuses_what_it_could_not_write(preten
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(bench, "run_comparison", lambda names, windows, *_: {"names": names, "windows": windows})
     path = tmp_path / "ab.json"
-    bench.main(["--sides", "ours,no-smear", "--windows", "all", "--json", str(path)])
-    assert json.loads(path.read_text()) == {**bench.environment(), "names": ["ours", "no-smear"],
+    bench.main(["--sides", "ours,baseline", "--windows", "all", "--json", str(path)])
+    assert json.loads(path.read_text()) == {**bench.environment(), "names": ["ours", "baseline"],
                                             "windows": list(bench.WINDOW_WEIGHTS)}
     with pytest.raises(tgm.UserError, match="its folder does not exist"):
         bench.main(["--profile", str(tmp_path / "missing" / "p")])
@@ -328,7 +329,7 @@ def test_what_cannot_be_counted_is_said(counted, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    (["--sides", "ours,fast"], "--sides ours,fast: give two different names of ours, plain, no-smear"),
+    (["--sides", "ours,fast"], "--sides ours,fast: give two different names of ours, plain, baseline"),
     (["--sides", "ours,ours"], "--sides ours,ours: give two different names"),
     (["--windows", "3,5"], "--windows 3,5: give all, or some of 3,7,11,14,17,23"),
     (["--kernels"], "--kernels needs a CUDA GPU"),
@@ -359,13 +360,24 @@ def test_the_readme_shows_the_modelled_step():
     assert f"{ms} ms in the mean, {minutes} minutes" in " ".join(readme.split())
 
 
-def test_the_model_of_the_tail_sends_the_optimizers_plan():
-    rows = re.findall(r"^ +(\w+) +(?:bf16|fp32) +\d+ +\d+ +([\d.]+)$", tgm.Optimizer.__doc__, re.M)
-    assert [(bank.name, f"{bank.num_bytes / 1e6:.1f}") for bank in step_model.buckets()] == rows
+@pytest.mark.record
+def test_the_plan_of_the_record():
+    _, *rows = plan.format_plan(tgm.Config(), 8).splitlines()
+    assert [" ".join(row.split()) for row in rows] == [
+        "mlp_fc bfloat16 67108864 0 134.2 4096 x 1024", "mlp_proj bfloat16 67108864 0 134.2 1024 x 4096",
+        "qkvo bfloat16 62914560 4194304 134.2 1024 x 1024", "lm_head float32 51511296 0 206.0 128",
+        "scalars float32 99 925 0.0 128", "embeds bfloat16 360242176 0 720.5 128", "all 1329.2",
+        "12 collectives in a step"]
+
+
+def test_one_rank_sends_nothing():
+    done = subprocess.run([sys.executable, plan.__file__, "tiny", "1"], capture_output=True, text=True, check=True)
+    assert done.stdout == plan.format_plan(tgm.PRESETS["tiny"](), 1) + "\n"
+    assert done.stdout.endswith("\n0 collectives in a step\n")
 
 
 @pytest.mark.parametrize("update, tail", [(0.5, 6), (3, 8)])  # in units of a bank's way: hidden by the third; too long
 def test_the_model_of_the_tail_waits_for_what_it_must(update, tail):
     way = step_model.COLLECTIVE_MS + 8e9 * 7 / 8 / (step_model.NVLINK_GBS * 1e6)
-    banks = [step_model.Bucket(name, 8e9, 0, ms) for name, ms in (("a", 0), ("b", update * way), ("c", 0))]
-    assert step_model.simulate(banks)["tail"] == pytest.approx(tail * way)
+    a, b, c = (step_model.Message(name, 8e9, 0, ms) for name, ms in (("a", 0), ("b", update * way), ("c", 0)))
+    assert step_model.simulate([[a, b], [c]])["tail"] == pytest.approx(tail * way)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import compare
+import plot
 import records
 import synthetic_logs as logs
 from helpers import RECORDS
@@ -28,44 +29,83 @@ def sides(tmp_path_factory):
     return folder / "a", folder / "b"
 
 
-def step_seconds(spec: logs.Spec) -> float:
-    """Of a whole run, without jitter."""
-    return (spec.ms_per_step + spec.ms_per_block * logs.window_blocks(spec)).sum() / 1000
+LAST, OLD = logs.Spec(num_iterations=210), logs.Spec(num_iterations=210, is_old=True)
+FASTER = replace(LAST, num_iterations=200, ms_per_step=218.0)
+RAMP = replace(LAST, num_iterations=200, small_batches=60)
+# A run's jitter sums to 0.2 ms sqrt(210) = 2.9 ms; 5 deviations of a difference of means of 2 runs.
+JITTER_S = 5 * 0.0029
 
 
-def test_a_time_gain_is_fewer_steps_plus_faster_steps(sides):
-    r = compare.compare_sides(*map(compare.read_side, sides))
-    fewer, faster = r["decomposition"]["fewer"]["value"], r["decomposition"]["faster"]["value"]
-    assert fewer + faster == pytest.approx(r["seconds_difference"]["value"], abs=1e-9)
-    # Every step is 2 ms faster; the mean number of steps is 205. A run's jitter sums to 0.2 ms sqrt(210) = 3 ms,
-    # half of that in the mean of 4 runs; 5 deviations of a difference.
-    assert faster == pytest.approx(-0.002 * 205, abs=5 * 0.0029 / 2 * 2 ** 0.5)
-    assert fewer == pytest.approx(step_seconds(B[0]) - step_seconds(A[0]) + 0.002 * 205, abs=5 * 0.0029 / 2 * 2 ** 0.5)
-    for row in r["ms_per_step_at_equal_window"]:
-        # Step lines are whole milliseconds: the ends of a row of k steps are off by 1 ms in all.
-        steps = min(row["steps_a"], row["steps_b"])
-        assert row["ms_b"] - row["ms_a"] == pytest.approx(-2, abs=2 * (1 + 5 * 0.1) / steps)
-
-
-def test_averages_mislead_where_windows_differ(tmp_path):
-    """The same steps, in half as many: no step is faster although shorter runs see each window less."""
-    for name, steps in (("a", 400), ("b", 200)):
+def compare_specs(folder: Path, a: logs.Spec, b: logs.Spec) -> dict:
+    """Of two runs each."""
+    for name, spec in (("a", a), ("b", b)):
         for seed in range(2):
-            logs.write_log(tmp_path / name, logs.Spec(num_iterations=steps, seed=seed, loss=2.919 + 0.001 * seed))
-    r = compare.compare_sides(*(compare.read_side(tmp_path / name) for name in "ab"))
-    assert r["decomposition"]["faster"]["value"] == pytest.approx(0, abs=5 * 0.004)  # jitter: 0.2 sqrt(400) ms
-    assert r["decomposition"]["fewer"]["value"] == pytest.approx(r["seconds_difference"]["value"], abs=5 * 0.004)
+            logs.write_log(folder / name, replace(spec, seed=seed, loss=spec.loss + 0.001 * seed))
+    return compare.compare_sides(*(compare.read_side(folder / name) for name in "ab"))
 
 
-def test_the_windows_of_our_own_logs_are_those_of_their_constants(tmp_path):
-    """A window that only one side has is interpolated, so that the parts still sum to the difference."""
-    for name, window in (("a", 3456), ("b", 1024)):
-        for seed in range(2):
-            logs.write_log(tmp_path / name, logs.Spec(seed=seed, constants=f"max_window = {window}"))
-    r = compare.compare_sides(*(compare.read_side(tmp_path / name) for name in "ab"))
-    fewer, faster = (r["decomposition"][name]["value"] for name in ("fewer", "faster"))
-    assert fewer + faster == pytest.approx(r["seconds_difference"]["value"], abs=1e-9)
-    assert any("windows grow" in line for line in r["warnings"])
+def kinds_of(spec: logs.Spec) -> list[tuple]:
+    return list(zip(logs.batch_tokens(spec), logs.window_blocks(spec)))
+
+
+@pytest.mark.parametrize("a, b, faster_ms", [
+    (LAST, FASTER, -2),
+    (LAST, replace(LAST, num_iterations=105), 0),  # every window in half as many steps: no step is faster
+    (LAST, replace(LAST, last_window=8), 0), (LAST, RAMP, 0)])
+def test_a_time_gain_is_the_sum_of_its_parts(tmp_path, a, b, faster_ms):
+    r = compare_specs(tmp_path, a, b)
+    fewer, faster, mix = (r["decomposition"][name]["value"] for name in ("fewer", "faster", "mix"))
+    mean_ms = (logs.step_ms(a).mean() + logs.step_ms(b).mean()) / 2
+    assert fewer == pytest.approx((b.num_iterations - a.num_iterations) * mean_ms / 1000, abs=JITTER_S)
+    assert faster == pytest.approx(faster_ms * (a.num_iterations + b.num_iterations) / 2000, abs=JITTER_S)
+    assert fewer + faster + mix == pytest.approx(r["seconds_difference"]["value"], abs=1e-9)
+    if set(kinds_of(a)) == set(kinds_of(b)):
+        # A window's steps are a whole number: half a step more or less at each, 20 ms longer or shorter than the mean.
+        assert mix == pytest.approx(0, abs=JITTER_S + 27 * 0.5 * 0.02)
+    assert not r["warnings"]
+
+
+@pytest.mark.parametrize("a", [LAST, RAMP])
+def test_rows_of_equal_window_never_mix_batches(tmp_path, a):
+    rows = compare_specs(tmp_path, a, RAMP)["ms_per_step_at_equal_window"]
+    for side, spec in (("a", a), ("b", RAMP)):
+        tokens, windows, ms = logs.batch_tokens(spec), logs.window_blocks(spec), logs.step_ms(spec)
+        assert sum(row[f"steps_{side}"] for row in rows) == spec.num_iterations
+        for row in rows:
+            inside = ms[(tokens == row["tokens"]) & (row["windows"][0] <= windows) & (windows <= row["windows"][1])]
+            assert row[f"steps_{side}"] == len(inside)
+            # Step lines are whole milliseconds.
+            assert (inside.min() - 1 < row[f"ms_{side}"] < inside.max() + 1) if len(inside) else math.isnan(
+                row[f"ms_{side}"])
+
+
+@pytest.mark.parametrize("a, b, silent", [(OLD, FASTER, 1), (LAST, replace(FASTER, is_old=True), 1),
+                                          (OLD, replace(FASTER, is_old=True), 2)])
+def test_logs_that_do_not_state_their_windows_are_not_split_by_them(tmp_path, capsys, a, b, silent):
+    r = compare_specs(tmp_path, a, b)
+    parts = {name: part["value"] for name, part in r["decomposition"].items()}
+    assert parts.keys() == {"fewer", "rest"}
+    assert sum(parts.values()) == pytest.approx(r["seconds_difference"]["value"], abs=1e-9)
+    assert parts["rest"] == pytest.approx(-0.002 * 205, abs=JITTER_S)  # at equal shares of the run, windows are equal
+    assert "ms_per_step_at_equal_window" not in r and len(r["ms_per_step_at_equal_share"]) == compare.ROWS
+    assert sum("the logs do not state the windows" in line for line in r["warnings"]) == silent
+    assert "at equal share of the run" in compare.report(r) and r["loss_at_equal"]["tokens"] == []
+
+
+def test_runs_that_state_other_windows_than_their_side_are_told(tmp_path):
+    logs.write_log(tmp_path / "b", replace(LAST, seed=9, last_window=8))
+    assert any(line.startswith("b: the logs do not state") for line in compare_specs(tmp_path, LAST, LAST)["warnings"])
+
+
+def test_losses_at_equal_tokens(tmp_path):
+    """The run of fewer tokens ends the table; where batches are equal, equal steps are equal tokens."""
+    full = replace(LAST, num_iterations=200)
+    last = compare_specs(tmp_path / "ramp", full, RAMP)["loss_at_equal"]["tokens"][-1]
+    assert last["tokens"] == logs.batch_tokens(RAMP).sum() == 155 * logs.BATCH
+    before, after = (np.mean([logs.curve(step, replace(full, loss=2.919 + shift)) for shift in (0, 0.001)])
+                     for step in (150, 175))
+    assert (last["loss_a"], last["loss_b"]) == pytest.approx((0.8 * before + 0.2 * after, 2.9195), abs=2e-6)
+    assert compare_specs(tmp_path / "same", full, LAST)["loss_at_equal"]["tokens"] == []
 
 
 def test_loss_difference_and_its_worth_in_steps(sides):
@@ -137,7 +177,9 @@ def test_windows_of_untimed_steps_alone_do_not_count(tmp_path):
             f"step_avg:{ms if int(line[1]) > 10 else math.nan:.2f}ms"), log.read_text())
         log.write_text(text)
     sides = [compare.read_side(tmp_path / side) for side in "ab"]
-    rows = compare.step_time_rows(*sides)
-    assert len(rows) > 1
+    rows = compare.compare_sides(*sides)["ms_per_step_at_equal_window"]
+    assert len(rows) > 1 and sum(row["steps_a"] for row in rows) == 30
+    edges, ms, _ = plot.step_times_of(sides[0], [0, 20, 40])
+    assert edges.tolist() == [10, 20, 40] and ms == pytest.approx(100)
     for row in rows:
         assert (row["ms_a"], row["ms_b"]) == (pytest.approx(100), pytest.approx(90))

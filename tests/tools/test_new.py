@@ -41,7 +41,7 @@ def test_a_new_folder_keeps_every_rule(records_folder, capsys):
     assert len(list(folder.glob("*.txt"))) == 8 and len(list(folder.glob("baseline/*.txt"))) == 4
     assert [path.stem for path in folder.glob("failed/*.txt")] == [crashed.run_id]
     text = (folder / "README.md").read_text()
-    assert "## What changed\n\nA constant.\n" in text and "of which faster steps (s)" in text
+    assert "## What changed\n\nA constant.\n" in text and "of which faster steps, at equal window and batch (s)" in text
     for path in folder.glob("figures/*.png"):
         assert f"(figures/{path.name})" in text
     assert "holds: every rule is kept" in capsys.readouterr().out

@@ -238,7 +238,7 @@ def test_trainer_takes_the_result(tmp_path):
     out = assert_made(make(tmp_path / "a.jsonl", "--out", tmp_path / "my_train_ text", "--shard-tokens", 150_000))
     command = out.split("to train:")[1].splitlines()[0]
     assert shlex.split(command) == [f"DATA_PATH={tmp_path / 'my_train_ text'}", "./run.sh", "tiny"]
-    config = replace(train_gpt_medium.PRESETS["tiny"], data_dir=str(tmp_path / "my_train_ text"))
+    config = replace(train_gpt_medium.PRESETS["tiny"](), data_dir=str(tmp_path / "my_train_ text"))
     train, val = train_gpt_medium.find_shards(config)
     assert [shard.num_tokens for shard in train] == [150_000] * 2 and val.num_tokens == 95_050
     assert train[1].path.name == "my-train-text_train_000002.bin"

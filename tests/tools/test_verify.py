@@ -133,7 +133,7 @@ def test_content_other_than_the_manifests_is_damage(tmp_path):
     flip(tmp_path / names[1], 5000)
     flip(tmp_path / names[1], 5002)
     (problem,) = verify.examine(tmp_path)["problems"]
-    assert names[1] in problem and "SHA-256" in problem and "fetch it again" in problem
+    assert names[1] in problem and "SHA-256" in problem and "make it again" in problem
 
 
 # ---- damage
@@ -149,7 +149,7 @@ def test_damage_is_named_with_the_way_out(tmp_path, capsys, how, word):
     out = capsys.readouterr().out
     problems = [line for line in out.splitlines() if line.startswith("PROBLEM")]
     assert caught.value.code == 1
-    assert len(problems) == 1 and names[1] in problems[0] and word in problems[0] and "make it anew" in problems[0]
+    assert len(problems) == 1 and names[1] in problems[0] and word in problems[0] and "make it again" in problems[0]
     assert out.count("DAMAGED") == 1 and out.count(" ok ") == 2
 
 
@@ -206,7 +206,7 @@ def test_presets_of_a_gpt2_set(tmp_path):
         path.write_bytes(np.array([20240520, 1, size] + [0] * 253, "<i4").tobytes())
         os.truncate(path, 1024 + 2 * size)
     verdicts = judge(tmp_path)
-    assert sorted(verdicts) == ["medium", "short"]
+    assert sorted(verdicts) == ["baseline", "medium", "short"]
     assert verdicts["short"] == {"enough": True, "reason": "300 steps use 2 training shards"}
     assert not verdicts["medium"]["enough"] and "fineweb_train_000003.bin is missing" in verdicts["medium"]["reason"]
     flip(tmp_path / "fineweb_train_000002.bin", 2000)

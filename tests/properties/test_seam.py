@@ -1,0 +1,150 @@
+"""A second recipe, which is this file: it imports the machine, copies nothing, and runs on ranks and nodes.
+
+Two layers of its own, a rule of its own with a state, two stages with batches and windows of their own, and other
+inputs of the model than the trainer's.
+"""
+import re
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from helpers import CPU, TRAINER, environment, random_ids, write_shard
+from train_gpt_medium import Group, HeadLoss, Run, Stage, attend, attention_masks, cross_entropy, inputs_at, start
+
+WIDTH = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Run):
+    temperature: float = 1.0  # at first
+
+    def make_model(self) -> "Model":
+        return Model(self)
+
+    def model_inputs(self, step: int) -> dict[str, int | float]:
+        return {"reach": self.stage(step).window // 128, "temperature": self.temperature + step / 4}
+
+
+class Model(nn.Module):
+    compiled_alone = ("layers",)
+
+    def __init__(self, config: Recipe):
+        super().__init__()
+        self.config = config
+        self.letters = nn.Parameter(0.1 * torch.randn(config.vocab_size, WIDTH))
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(2))
+
+    def forward(self, ids: Tensor, targets: Tensor, reach: Tensor, temperature: Tensor) -> Tensor:
+        mask, = attention_masks(ids, (reach,), self.config.doc_token)
+        x = F.embedding(ids, self.letters)
+        for layer in self.layers:
+            heads = x.view(1, len(ids), 2, -1)
+            x = x + layer(attend(heads, heads, heads, mask, 0.1, {}).view_as(x)).relu()
+        x = x / temperature
+        if torch.is_grad_enabled():
+            return HeadLoss.apply(x, self.letters, targets, 30.0)
+        return cross_entropy(x @ self.letters.mT, targets, 30.0, False).mean()
+
+    def report(self) -> dict[str, float]:
+        return {"size": self.letters.square().mean().item()}
+
+
+@dataclass(frozen=True)
+class SignDescent:
+    """Of an average of gradients."""
+    rate: float
+    unit_dims = 1  # a row stays whole
+    compiles = True
+
+    def hyperparameters(self, step: int, config: Recipe) -> dict[str, float]:
+        return {"rate": self.rate * (1 - step / config.num_iterations)}
+
+    def new_state(self, p: Tensor) -> dict[str, Tensor]:
+        return {"average": torch.zeros_like(p)}
+
+    def update(self, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], rate: Tensor) -> None:
+        for p, grad, state in zip(params, grads, states):
+            state["average"].lerp_(grad, 0.5)
+            p.sub_(rate * state["average"].sign())
+
+
+def seam() -> Recipe:
+    return Recipe(
+        preset="seam", num_iterations=4, stages=(Stage(0.5, num_slices=2, window=128), Stage(num_slices=4, window=256)),
+        groups=(Group("layers", ("weight",), SignDescent(0.01)), Group("letters", ("letters",), SignDescent(0.02))),
+        snoo=None, data_dir="shards", vocab_size=257, doc_token=256, seq_len=512, micro_seq_len=256, val_seq_len=512,
+        val_tokens=1024, val_every=2, needs_gpu=False, warmup_steps=1, seed=1, checkpoint_every=2)
+
+
+def start_script(folder: Path, *launcher: str, **variables: str) -> subprocess.Popen:
+    """This file, alone or under torchrun."""
+    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=2", *launcher) if launcher else ()
+    return subprocess.Popen([sys.executable, *torchrun, __file__], cwd=folder, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, env=environment(
+                                OMP_NUM_THREADS="1", PYTHONPATH=":".join(sys.path), **variables))
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory) -> dict[str, str]:
+    """Of one rank, two, two launchers of two ranks each on the loopback, and two that resume the two."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("one", "two", "first", "second")}
+    period, config = random_ids(256, seam()), seam()
+    for folder in folders.values():  # all pieces are equal, so that losses are, to the last digit
+        write_shard(folder / "shards" / "text_train_000001.bin", [*period.repeat(24), period[0]])
+        write_shard(folder / "shards" / "text_val_000000.bin", random_ids(1025, config))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    node = ("--nnodes=2", "--rdzv_id=seam", "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}",
+            "--local_addr=127.0.0.1")
+    started = [start_script(folders["one"]), start_script(folders["two"], "--standalone"),
+               start_script(folders["first"], *node), start_script(folders["second"], *node)]
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    (run,) = (folders["two"] / "checkpoints").iterdir()
+    started.append(start_script(folders["two"], "--standalone", RESUME_FROM=str(run / "step_000002")))
+    outputs.append(started[-1].communicate(timeout=300)[0])
+    assert [process.returncode for process in started] == [0] * 5, outputs
+    paths = {name: [*folder.glob("logs/*")] for name, folder in folders.items()}
+    (one,), (nodes,) = paths["one"], paths["first"] + paths["second"]  # of both nodes: rank 0 writes
+    two, resumed = sorted(paths["two"], key=lambda path: path.stat().st_mtime)
+    return {name: path.read_text() for name, path in dict(one=one, two=two, nodes=nodes, resumed=resumed).items()}
+
+
+def fields(log: str) -> list[tuple[str, ...]]:
+    """Of every line of a step: which, the validation's loss, and what follows the times."""
+    return re.findall(r"^step:(\d)/4 (?:val_loss:(\S+) )?train_time:\d+ms step_avg:\S+ (.*)$", log, re.M)
+
+
+def test_ranks_and_nodes_train_as_one(logs):
+    one = fields(logs["one"])
+    assert fields(logs["two"]) == fields(logs["nodes"]) == one
+    assert fields(logs["resumed"]) == one[3:]  # from the validation after step 2 on
+    assert [(step, further) for step, loss, further in one if not loss] == [
+        ("1", "tokens:1024 reach:1 temperature:1.0"), ("2", "tokens:2048 reach:1 temperature:1.25"),
+        ("3", "tokens:4096 reach:2 temperature:1.5"), ("4", "tokens:6144 reach:2 temperature:1.75")]
+    losses = [float(loss) for _, loss, _ in one if loss]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+
+
+def test_numbers_reach_the_model_as_they_are():
+    inputs = inputs_at(1, seam(), CPU)
+    assert {name: (x.item(), x.dtype) for name, x in inputs.items()} == {
+        "reach": (1, torch.int32), "temperature": (1.25, torch.float32)}
+
+
+def test_the_log_holds_both_sources(logs):
+    for log in logs.values():
+        assert log.startswith(Path(__file__).read_text())
+        assert TRAINER.read_text() in log
+        assert "\ntemperature = 1.0\n" in log and "\nsnoo = None\n" in log
+
+
+if __name__ == "__main__":
+    start({"seam": seam})
