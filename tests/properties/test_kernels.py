@@ -1,4 +1,4 @@
-"""Every hand-written kernel against plain torch: in Triton's interpreter on a CPU (fp32, fp16), as compiled on a GPU.
+"""Every hand-written kernel against plain torch: in Triton's interpreter on a CPU, as compiled on a GPU.
 
 Tolerances are bounds on rounding: a sum of n products is off by at most n units of 2^-24 of the sum of magnitudes, and
 a result stored in a shorter dtype by half of its last place.
@@ -17,11 +17,18 @@ import train_gpt_medium as tgm
 from helpers import DEVICE, RECORDS, relative
 from plain_optimizer import NEWTON_SCHULZ_COEFFICIENTS
 
-pytest.importorskip("triton", reason="triton is not installed: its interpreter runs the kernels")
+triton = pytest.importorskip("triton", reason="triton is not installed: its interpreter runs the kernels")
+import triton.language as tl
+from interpreter import fix_bf16
 
-# The interpreter multiplies and rounds bf16 wrongly, and on a GPU fp32 is left to the plain versions.
-DTYPES = [torch.float16, torch.bfloat16] if DEVICE.type == "cuda" else [torch.float32, torch.float16]
+# On a GPU fp32 is left to the plain versions.
+DTYPES = [torch.float16, torch.bfloat16] + [torch.float32] * (DEVICE.type != "cuda")
 UNIT = 2.0 ** -24  # rounding of fp32, relative
+
+
+@pytest.fixture(autouse=True)
+def right_bf16(monkeypatch):
+    fix_bf16(monkeypatch)
 
 
 @pytest.mark.parametrize("shared_kib, dtype, small, large", [
@@ -44,6 +51,38 @@ def assert_within(ours: torch.Tensor, exact_fp64: torch.Tensor, bound: torch.Ten
     smallest = {torch.float32: 0.0, torch.float16: 2.0 ** -25, torch.bfloat16: 0.0}[ours.dtype]
     excess = (ours.double() - exact_fp64).abs() - bound - half_place * exact_fp64.abs() - smallest
     assert (excess <= 0).all(), f"{(~(excess <= 0)).sum()} of {excess.numel()} elements, by up to {excess.max()}"
+
+
+@triton.jit
+def bf16_kernel(every, between, x, y, widened, rounded, operators, product, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    a, b = tl.load(x + i), tl.load(y + i)
+    tl.store(widened + i, tl.load(every + i).to(tl.float32))
+    tl.store(rounded + i, tl.load(between + i).to(tl.bfloat16))
+    tl.store(operators + i, tl.where(a < b, a * b - b, -a))
+    tl.store(product + i, tl.dot(a, b))
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="nothing is interpreted where there is a GPU")
+def test_the_interpreter_computes_bf16_as_torch_does(monkeypatch):
+    size = 512
+    numbers = torch.arange(2 ** 16, dtype=torch.int32)[:, None] << 16  # all of bf16: subnormals, infinities, NaNs
+    between = numbers | torch.tensor([0, 0x7FFF, 0x8000, 0x8001], dtype=torch.int32)  # ties, and just beside them
+    between = between.view(torch.float32).view(size, size)
+    every = (numbers >> 16).short().view(torch.bfloat16).expand(-1, 4).reshape(size, size)
+    x, y = (randn(size, size, seed=seed, dtype=torch.bfloat16) for seed in (1, 2))
+    exact = [every.float(), between.bfloat16(), torch.where(x < y, x * y - y, -x)]
+    product, magnitude = x.double() @ y.double(), x.double().abs() @ y.double().abs()
+
+    def computed_rightly() -> list[bool]:
+        ours = [*map(torch.empty_like, exact), torch.empty(size, size)]
+        bf16_kernel[(1,)](every, between, x, y, *ours, SIZE=size)
+        bits = [[t.masked_fill(t.isnan(), torch.nan).view(torch.int16) for t in pair] for pair in zip(ours, exact)]
+        return [*(torch.equal(*pair) for pair in bits), ((ours[-1] - product).abs() <= size * UNIT * magnitude).all()]
+
+    assert computed_rightly() == [True] * 4
+    monkeypatch.undo()
+    assert computed_rightly() == [False] * 4  # what Triton has learned can go from tests/interpreter.py
 
 
 # A row within one block of columns, of exactly one, and of several; more rows than programs.
@@ -83,9 +122,9 @@ def test_head_gradients_scale_with_what_follows(kernels, dtype):
         (3 * function(y, w)).backward()
         results.append((y.grad.double(), w.grad.double()))
     for ours, plain in zip(*results):
-        # Both round the logits and their gradient to dtype, multiply, and round the product: a few last places.
-        unit = 6 * (UNIT if dtype == torch.float32 else torch.finfo(dtype).eps)
-        assert (ours - plain).norm() <= unit * plain.norm() and plain.norm() > 0
+        # Each rounds the gradient of the same logits, its product and the multiple: six halves of a last place.
+        tolerance = 6 * torch.finfo(dtype).eps / 2
+        assert (ours - plain).norm() <= tolerance * plain.norm() and plain.norm() > 0
 
 
 # Borders that no tile divides, one tile, several tiles a program.
