@@ -7,7 +7,7 @@ token, times one learned scalar, is added to the current one. This file reproduc
     torchrun --standalone --nproc_per_node=8 train_gpt_medium.py           # the record; 1, 2 or 4 GPUs also work
     torchrun --standalone --nproc_per_node=8 train_gpt_medium.py baseline  # the same without Smear-MTP, 5,550 steps
     torchrun --standalone --nproc_per_node=1 train_gpt_medium.py short     # a 300-step schedule, for trying ideas
-    python train_gpt_medium.py tiny                                        # a small model on a CPU
+    python train_gpt_medium.py tiny                                        # a small model on a CPU; `small`: longer
 
 Part 1 is the recipe: all that an experiment edits. Part 2 is the machine; another recipe imports it from this file.
 Shards are read from the preset's `data_dir`, or from the folder named by the environment variable DATA_PATH.
@@ -522,16 +522,19 @@ GROUPS = (
 # ----------------------------------------------------------------------------------------------------------------------
 # Presets
 
+# For a CPU, on bytes. fp32: a CPU without AVX-512 multiplies bf16 matrices ten times slower.
+ON_CPU = partial(Config, data_dir="data/text", shard_prefix="text", vocab_size=257, doc_token=256, seq_len=512,
+                 num_heads=4, head_dim=32, dtype=torch.float32, max_window=4 * 128, snoo=Snoo(every=14),
+                 val_tokens=2**14, val_seq_len=2**11, needs_gpu=False, warmup_steps=1, coordinate_descent_tuning=False)
+
 PRESETS = {  # made and checked when they are chosen
     "medium": Config,
     "baseline": partial(Config, preset="baseline", smear_mtp=False, num_iterations=5550),  # the previous record
     "short": partial(Config, preset="short", num_iterations=300, val_tokens=2**20, val_seq_len=2**17, val_every=50,
                      coordinate_descent_tuning=False),
-    # fp32: a CPU without AVX-512 multiplies bf16 matrices ten times slower.
-    "tiny": partial(Config, preset="tiny", data_dir="data/text", shard_prefix="text", vocab_size=257, doc_token=256,
-                    seq_len=512, num_heads=4, head_dim=32, dtype=torch.float32, num_iterations=64, max_window=4 * 128,
-                    momentum_warmup_steps=16, snoo=Snoo(every=14), val_tokens=2**14, val_seq_len=2**11, val_every=16,
-                    needs_gpu=False, warmup_steps=1, coordinate_descent_tuning=False),
+    "tiny": partial(ON_CPU, preset="tiny", num_iterations=64, momentum_warmup_steps=16, val_every=16),
+    "small": partial(ON_CPU, preset="small", stages=(Stage(num_slices=4),), num_iterations=200,
+                     momentum_warmup_steps=50, val_every=25),
 }
 
 
