@@ -533,8 +533,8 @@ PRESETS = {  # made and checked when they are chosen
     "short": partial(Config, preset="short", num_iterations=300, val_tokens=2**20, val_seq_len=2**17, val_every=50,
                      coordinate_descent_tuning=False),
     "tiny": partial(ON_CPU, preset="tiny", num_iterations=64, momentum_warmup_steps=16, val_every=16),
-    "small": partial(ON_CPU, preset="small", stages=(Stage(num_slices=4),), num_iterations=200,
-                     momentum_warmup_steps=50, val_every=25),
+    "small": partial(ON_CPU, preset="small", stages=(Stage(num_slices=4),), num_iterations=160,
+                     momentum_warmup_steps=40, val_every=20),
 }
 
 
