@@ -135,11 +135,11 @@ def test_steps_at_equal_loss():
     for sides, steps, above in (((a, b), (steps_a, steps_b), (1, 0)), ((b, a), (steps_b, steps_a), (0, 1))):
         r = compare.compare_sides(*sides)
         found, expected = r["steps_at_equal_loss"], stats.ttest_ind(*reversed(steps), equal_var=False)
-        interval = expected.confidence_interval(0.95)
+        difference, interval = found["difference"], expected.confidence_interval(0.95)
         assert found["loss"] == pytest.approx(3.0) and (found["above_a"], found["above_b"]) == above
         assert [found["steps_a"], found["steps_b"]] == pytest.approx([np.mean(s) for s in steps])
-        assert found["difference"] == pytest.approx({
-            "value": np.mean(steps[1]) - np.mean(steps[0]), "low": interval.low, "high": interval.high, "p": expected.pvalue})
+        assert difference == pytest.approx({"value": np.mean(steps[1]) - np.mean(steps[0]), "low": interval.low,
+                                                     "high": interval.high, "p": expected.pvalue})
         assert f"1 of 2 runs of {'AB'[above[1]]} end above it" in compare.report(r)
     flat = compare.compare_sides(hand_made("a", (3.2, 3.3), (2.9, 2.9)), b)["steps_at_equal_loss"]
     assert math.isnan(flat["difference"]["value"])  # a curve that does not fall cannot be continued
