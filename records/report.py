@@ -16,7 +16,7 @@ import numpy as np
 import check
 import compare
 from compare import Side
-from inference import ALPHA, CONFIDENCE, Interval, format_p, mean_interval, std
+from inference import ALPHA, CONFIDENCE, TARGET, Interval, against_target, format_p, mean_interval, std
 from plot import Series, read_series, series_of_side
 from run_log import LOG_SUFFIX, RecordError, Run, read_log
 from tables import format_json, write_text
@@ -57,13 +57,15 @@ def groups_of(folder: check.Folder) -> list[Group]:
     for run in folder.logs:
         roles.setdefault(check.role_of(run.path, path), []).append(run)
     failed = roles.pop("failed", [])
-    if "baseline" in roles and "A" not in roles and "B" not in roles:
-        roles = {"A": roles.pop("baseline"), "B": roles.pop("record", [])} | roles
-    if set(roles) == {"record"}:
-        roles = {"all": roles["record"]}
-    groups = [group_of(label, runs, path) for label, runs in sorted(roles.items(), key=lambda item: (
-        {"A": 0, "B": 1}.get(item[0], 2), item[0])) if runs]
-    return groups + ([Group("failed", failed)] if failed else [])
+    if "baseline" in roles and not {"A", "B"} & roles.keys():
+        roles["A"] = roles.pop("baseline")
+        others = sorted(roles.keys() - {"A"}, key=lambda name: name != "record")
+        if others and (others[0] == "record" or len(others) == 1):
+            roles["B"] = roles.pop(others[0])
+    if len(roles) == 1:
+        roles = {"all": runs for runs in roles.values()}
+    labels = sorted(roles, key=lambda label: (label not in ("A", "B"), label))
+    return [group_of(label, roles[label], path) for label in labels] + ([Group("failed", failed)] if failed else [])
 
 
 def sides_of(groups: list[Group]) -> tuple[Group, Group] | None:
@@ -72,11 +74,13 @@ def sides_of(groups: list[Group]) -> tuple[Group, Group] | None:
     return (by_label["A"], by_label["B"]) if {"A", "B"} <= by_label.keys() else None
 
 
-def is_judged(folder: check.Folder | None, findings: list[check.Finding]) -> bool:
-    """Whether the loss is the record's: on its validation tokens and real data by `check`, or published."""
-    status = {finding.rule.id: finding.status for finding in findings}
-    return bool(folder and folder.counted) and (folder.published is not None
-                                                or status["val-tokens"] == status["data"] == "ok")
+def judged_of(groups: list[Group], folder: check.Folder | None, findings: list[check.Finding]) -> Group | None:
+    """The runs that the target is for, if their loss is the record's: on its validation tokens and real data by
+    `check`, or published."""
+    broken = {finding.rule.id for finding in findings if finding.status == "broken"}
+    if folder is None or broken & {"val-tokens", "data"}:
+        return None
+    return next((group for group in groups if group.side and group.label in ("B", "record", "all")), None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -98,13 +102,19 @@ def in_words(interval: Interval, spec: str) -> str:
             f"p = {format_p(interval.p)}")
 
 
-def claim_of_target(folder: check.Folder) -> str:
-    test, limits = check.test_of(folder, check.Limits()), check.Limits()
-    mean = f"{plural(test.n)} end{'s' * (test.n == 1)} at a mean loss of {test.mean:.6f} nats/token"
+def claim_of_losses(losses: list[float]) -> str:
+    low, high = mean_interval(losses)
+    interval = f" ({CONFIDENCE:.0%} interval {low:.6f} to {high:.6f})" if math.isfinite(low) else ""
+    ends = "ends at a loss of" if len(losses) == 1 else "end at a mean loss of"
+    return f"{plural(len(losses))} {ends} {np.mean(losses):.6f} nats/token{interval}"
+
+
+def claim_of_target(group: Group) -> str:
+    test, claim = against_target(group.side.losses), claim_of_losses(group.side.losses)
     if math.isnan(test.t_p):
-        return f"{mean}: no test against the target of {limits.target} without two runs that differ."
-    shown = f"below the target of {limits.target}" if test.t_p < ALPHA else f"not shown to be below {limits.target}"
-    return f"{mean} ({CONFIDENCE:.0%} interval {test.low:.6f} to {test.high:.6f}), {shown}: p = {format_p(test.t_p)}."
+        return f"{claim}: no test against the target of {TARGET} without two runs that differ."
+    shown = f"below the target of {TARGET}" if test.t_p < ALPHA else f"not shown to be below {TARGET}"
+    return f"{claim}, {shown}: p = {format_p(test.t_p)}."
 
 
 def claims_of_difference(a: Group, b: Group, r: dict) -> list[str]:
@@ -127,19 +137,15 @@ def claims_of_difference(a: Group, b: Group, r: dict) -> list[str]:
     return claims
 
 
-def claims_of(groups: list[Group], folder: check.Folder | None, findings: list[check.Finding], r: dict | None):
+def claims_of(groups: list[Group], judged: Group | None, r: dict | None) -> list[str]:
     """Sentences; the first is the headline."""
-    claims = [claim_of_target(folder)] if is_judged(folder, findings) else []
+    claims = [claim_of_target(judged)] if judged else []
     sides = sides_of(groups)
     if sides:
         claims += claims_of_difference(*sides, r)
     elif not claims:
-        for group in groups:
-            if group.side:
-                low, high = mean_interval(group.side.losses)
-                interval = f" ({CONFIDENCE:.0%} interval {low:.6f} to {high:.6f})" if math.isfinite(low) else ""
-                claims.append(f"{group.label}: {plural(len(group.side.runs))}, mean final loss "
-                              f"{np.mean(group.side.losses):.6f} nats/token{interval}.")
+        claims = [f"{group.label}: " * (len(groups) > 1) + claim_of_losses(group.side.losses) + "."
+                  for group in groups if group.side]
     running = [run for group in groups for run in group.runs if not run.finished and group.label != "failed"]
     for run in running if len(running) < 4 else []:
         last = f", validation loss {run.final_loss:.6f} at step {run.validations[-1].step:,}" if run.validations else ""
@@ -377,17 +383,17 @@ def gather(path: Path) -> dict:
 def assemble(title: str, groups: list[Group], folder: check.Folder | None, findings: list[check.Finding]) -> dict:
     sides = sides_of(groups)
     r = compare.compare_sides(*(group.side for group in sides)) if sides else None
-    claims = [typeset(claim) for claim in claims_of(groups, folder, findings, r)]
+    judged = judged_of(groups, folder, findings)
+    claims = [typeset(claim) for claim in claims_of(groups, judged, r)]
     logged = [group for group in groups if any(run.source or run.constants for run in group.runs)]
     shown = sides or [group for group in groups if group.side and group.side.has_curve][:1]
     times = r if sides else compare.explain_times(shown[0].side, shown[0].side) if shown and np.isfinite(
         shown[0].series.minutes).all() else {}
     points = min(max(POINTS_OF_ALL // max(sum(len(group.runs) for group in groups), 1), MIN_POINTS), MAX_POINTS)
     described = [describe_group(group, points) for group in groups]
-    judged = is_judged(folder, findings)
     return {
         "title": title, "headline": claims[0] if claims else "No run has finished.", "sentences": claims[1:],
-        "groups": described, "target": check.Limits().target if judged else None,
+        "groups": described, "target": TARGET if judged else None,
         "thinning": f"Validations are all here. Series by step keep the lowest and the highest of every stretch, about "
                     f"{points:,} points a run: no peak is lost.",
         "sides": sides_table(groups), "places": places_of(groups, folder),

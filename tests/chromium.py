@@ -8,26 +8,28 @@ import time
 from pathlib import Path
 
 FOUND = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-OPTIONS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--hide-scrollbars",
-           "--remote-debugging-pipe")
-KEYS = {"+": 187, "-": 189, "0": 48, " ": 32, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Escape": 27}
+OPTIONS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+           "--hide-scrollbars", "--remote-debugging-pipe")
+KEYS = {"+": 187, "-": 189, "0": 48, " ": 32, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40,
+        "Escape": 27}
 LIMIT_S = 60.0  # for an answer: a busy machine starts a browser slowly
 
 
 class Chromium:
-    """One page. `problems` are errors and warnings on its console, `requests` the addresses that it asked for."""
+    """One page. `problems` are the errors on its console, `requests` the addresses that it asked for."""
     def __init__(self, folder: Path):
         self.problems, self.requests, self.number, self.unread, self.session = [], [], 0, b"", {}
         read_end, self.to_page = os.pipe()
         self.from_page, write_end = os.pipe()
         # The protocol's pipe is descriptors 3 and 4 of the browser.
         self.process = subprocess.Popen(
-            ["bash", "-c", f'exec "$0" "$@" 3<&{read_end} 4>&{write_end}', FOUND, *OPTIONS, f"--user-data-dir={folder}"],
+            ["bash", "-c", f'exec "$0" "$@" 3<&{read_end} 4>&{write_end}', FOUND, *OPTIONS,
+             f"--user-data-dir={folder}", "about:blank"],
             pass_fds=(read_end, write_end), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         os.close(read_end)
         os.close(write_end)
         page = next(t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page")
-        self.session = {"sessionId": self.call("Target.attachToTarget", targetId=page["targetId"], flatten=True)["sessionId"]}
+        self.session = self.call("Target.attachToTarget", targetId=page["targetId"], flatten=True)
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
@@ -60,8 +62,9 @@ class Chromium:
         return json.loads(text)
 
     def _note(self, method: str, params: dict) -> None:
-        if method in ("Runtime.exceptionThrown", "Log.entryAdded") or method == "Runtime.consoleAPICalled" and params[
-                "type"] in ("error", "warning", "assert"):
+        kind = {"Runtime.exceptionThrown": "error", "Log.entryAdded": params.get("entry", {}).get("level"),
+                "Runtime.consoleAPICalled": params.get("type")}.get(method)
+        if kind == "error":
             self.problems.append(params)
         elif method == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])
@@ -69,7 +72,7 @@ class Chromium:
     def open(self, address: str, width: int = 1280, scheme: str = "light") -> None:
         """Another page, with empty `problems` and `requests`."""
         self.problems, self.requests = [], []
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.call("Page.navigate", url=address)
         self.wait("document.readyState === 'complete'")
@@ -87,8 +90,9 @@ class Chromium:
 
     def press(self, key: str, shift: bool = False) -> None:
         for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=KEYS[key], modifiers=8 * shift,
-                      **({"text": key} if len(key) == 1 and kind == "keyDown" else {}))
+            text = {"text": key} if len(key) == 1 and kind == "keyDown" else {}
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=KEYS[key],
+                      modifiers=8 * shift, **text)
 
     def move(self, x: float, y: float, **more) -> None:
         self.call("Input.dispatchMouseEvent", **{"type": "mouseMoved", "x": x, "y": y} | more)

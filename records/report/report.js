@@ -417,7 +417,7 @@ function texts() {
   const [differing, shared] = data.constants;
   byId("constants").hidden = !differing;
   if (differing) {
-    fill("constants-differ", [differing], "No constant differs between these runs, but for the seeds.");
+    fill("constants-differ", [differing], curves().length > 1 ? "No constant differs between these runs, but for the seeds." : "");
     byId("constants-shared").parentElement.hidden = !fill("constants-shared", [shared]);
   }
   byId("source").hidden = !data.source;
@@ -476,6 +476,7 @@ function show() {
   byId("loss").hidden = !lossLines().length;
   byId("against").hidden = !curves().some(curve => curve.ms.some(ms => ms !== null));
   byId("spread").hidden = !counting();
+  byId("final-chart").hidden = finalLines().length < 2;
   byId("step-time").hidden = !stepTimeLines().length;
   multiples();
   charts.forEach(chart => chart.draw());
