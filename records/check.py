@@ -198,7 +198,7 @@ def no_run_twice(folder, limits):
                      if math.isfinite(run.train_seconds))
     problems = [f"loss {loss} after {seconds} s occurs {count} times" for (loss, seconds), count in finals.items()
                 if count > 1]
-    ids = Counter() if folder.published else Counter(run.path.stem for run in runs)
+    ids = Counter() if folder.published else Counter(run.name for run in runs)
     return problems + [f"run id {id} occurs {count} times" for id, count in ids.items() if count > 1]
 
 

@@ -1,4 +1,5 @@
 """records/new.py: a folder made of logs keeps every rule, and the leaderboard is the tool's own."""
+import gzip
 import json
 import shutil
 from dataclasses import replace
@@ -100,3 +101,18 @@ def test_a_log_given_twice_is_refused(records_folder):
     log = logs.write_log(records_folder.parent, logs.Spec())
     with pytest.raises(RecordError, match="counts once"):
         new.new("X", "2026-01-02", [log, log], [], "-", False, records_folder)
+
+
+def test_a_large_folder_is_compressed_and_read_all_the_same(records_folder, monkeypatch):
+    make(records_folder)
+    monkeypatch.setattr(new, "MAX_BYTES", 300_000)
+    make(records_folder, "Compressed")
+    plain, compressed = (records_folder / f"2026-01-02_{name}" for name in ("Made-up", "Compressed"))
+    names = sorted(path.relative_to(plain) for path in plain.rglob("*.txt"))
+    assert sorted(path.relative_to(compressed) for path in compressed.rglob("*.txt*")) == [
+        Path(f"{name}.gz") for name in names] and len(names) == 12
+    assert [gzip.decompress((compressed / f"{name}.gz").read_bytes()) for name in names] == [
+        (plain / name).read_bytes() for name in names]
+    verdicts = [[(f.rule.id, f.status) for f in check.apply_rules(check.read_folder(folder), check.Limits())]
+                for folder in (plain, compressed)]
+    assert verdicts[0] == verdicts[1]
