@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -106,6 +107,12 @@ def check_torch(gpus: list[Gpu], torch) -> Line:
         return Line("error", "torch", f"{text} sees no GPU but nvidia-smi does: mend the driver, or restart the node")
     if importlib.util.find_spec("triton") is None:
         return Line("error", "torch", f"{text}, but triton is missing, which torch.compile needs: reinstall torch")
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    header = Path(sysconfig.get_path("include", "posix_prefix")) / "Python.h"
+    if compiler is None or not header.exists():
+        return Line("error", "torch", f"{text}, but {header if compiler else 'a C compiler'} is missing, with which triton "
+                                      "builds a launcher for every kernel: install gcc and Python's headers (Debian, "
+                                      "Ubuntu: apt install gcc python3-dev)")
     import triton
     return Line("ok", "torch", f"{text}, triton {triton.__version__}")
 
