@@ -197,8 +197,9 @@ class Config(Run):
         return GPT(self)
 
 
-# FlexAttention's options for long and short windows. A token sees itself, so no row is empty. Tiles, warps and stages
-# (fwd_BLOCK_M, bwd_num_warps, ...) are torch's own until bench.py --sweep-attention has found better ones on a GPU.
+# FlexAttention's options for long and short windows. A token sees itself, so no row is empty. Both are untuned: tiles,
+# warps and stages (fwd_BLOCK_M, bwd_num_warps, ...) are torch's own. After a sweep on a GPU, `bench.py --choose` prints
+# these two lines as it found them fastest. While both are equal, blocks of long and short windows share compiled code.
 LONG_WINDOW_KERNEL = {"ROWS_GUARANTEED_SAFE": True}
 SHORT_WINDOW_KERNEL = {"ROWS_GUARANTEED_SAFE": True}
 
