@@ -197,9 +197,10 @@ class Config(Run):
         return GPT(self)
 
 
-# FlexAttention's options for long and short windows. Tiles, warps and stages (fwd_BLOCK_M, bwd_num_warps, ...) are
-# torch's own until bench.py --sweep-attention has found better ones on a GPU. Not ROWS_GUARANTEED_SAFE: a query needs a
-# key in the first tile it meets, or its row is NaN, and a document may begin after the first tile of its own block.
+# FlexAttention's options for long and short windows. Both are untuned: tiles, warps and stages are torch's own. After a
+# sweep on a GPU, `bench.py --choose` prints these two lines as it found them fastest. While they are equal, blocks of
+# long and short windows share compiled code. ROWS_GUARANTEED_SAFE only with fwd_BLOCK_N = 128: a query needs a key in
+# the first tile that it meets, or its row is NaN, and a document may begin after the first half of its own block.
 LONG_WINDOW_KERNEL: dict[str, Any] = {}
 SHORT_WINDOW_KERNEL: dict[str, Any] = {}
 

@@ -86,8 +86,11 @@ def test_block_lists_are_the_sorted_ones(seed, num_blocks):
 
 @pytest.mark.parametrize("preset", tgm.PRESETS)
 def test_long_and_short_layers_use_their_windows(preset, monkeypatch):
+    """And the options that the script has for them, which may differ."""
     config, seen, attend = small_config(preset, seq_len=1024), [], tgm.attend
     monkeypatch.setattr(tgm, "attend", lambda *args: seen.append(args[3:]) or attend(*args))
+    monkeypatch.setattr(tgm, "LONG_WINDOW_KERNEL", {"fwd_BLOCK_M": 64})
+    monkeypatch.setattr(tgm, "SHORT_WINDOW_KERNEL", {"fwd_BLOCK_M": 128})
     ids = torch.zeros(1024, dtype=torch.int32)
     config.make_model().latents(ids, as_window(5))
     long_mask, short_mask = (mask_by_definition(ids.tolist(), 256, w) for w in (5, 5 // config.short_window_divisor))

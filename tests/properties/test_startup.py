@@ -78,13 +78,19 @@ def test_regions_compute_the_model_bit_for_bit(whole):
         assert torch.equal(eager, ours)
 
 
-def test_blocks_of_a_kind_share_code_with_block_masks(monkeypatch):
+# The script's options, and tuned ones: where they differ, blocks with a value embedding are of two kinds.
+@pytest.mark.parametrize("long_window, short_window, kinds", [
+    (tgm.LONG_WINDOW_KERNEL, tgm.SHORT_WINDOW_KERNEL, 3 + (tgm.LONG_WINDOW_KERNEL != tgm.SHORT_WINDOW_KERNEL)),
+    ({"fwd_BLOCK_M": 64}, {"fwd_BLOCK_M": 64}, 3), ({"fwd_BLOCK_M": 64}, {"fwd_BLOCK_M": 128, "bwd_num_warps": 8}, 4)])
+def test_blocks_of_a_kind_share_code_with_block_masks(monkeypatch, long_window, short_window, kinds):
     """What a GPU compiles: FlexAttention with masks built outside the region, new ones in every step."""
     monkeypatch.setattr(tgm, "dense_mask", lambda mask: mask)
+    monkeypatch.setattr(tgm, "LONG_WINDOW_KERNEL", long_window)
+    monkeypatch.setattr(tgm, "SHORT_WINDOW_KERNEL", short_window)
     model = make_model()
     tgm.compile_model(model, whole=False, backend="aot_eager")
     with torch.no_grad():
         for step in range(3):
             model.latents(random_ids(256, model.config, step), as_window(step + 1))
     # Long and short windows differ in nothing that a graph holds while their kernel options are equal.
-    assert counters["stats"]["unique_graphs"] == 2 + 3 + (tgm.LONG_WINDOW_KERNEL != tgm.SHORT_WINDOW_KERNEL)
+    assert counters["stats"]["unique_graphs"] == 2 + kinds
