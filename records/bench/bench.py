@@ -491,7 +491,7 @@ def attention_options() -> Iterator[dict]:
     """Torch's defaults, then one change at a time."""
     yield {}
     # Safe only where a tile holds all keys of a block: a query's first tile must hold a key that it may attend to.
-    yield {"ROWS_GUARANTEED_SAFE": True, "fwd_BLOCK_N": 128, "fwd_num_stages": 2}
+    yield {"fwd_ROWS_GUARANTEED_SAFE": True, "fwd_BLOCK_N": 128, "fwd_num_stages": 2}
     for side, names, choices in (("fwd", ("BLOCK_M", "BLOCK_N", "num_stages", "num_warps"), FORWARD_BLOCKS),
                                  ("bwd", ("BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2", "num_stages", "num_warps"),
                                   BACKWARD_BLOCKS)):
