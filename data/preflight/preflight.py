@@ -110,7 +110,7 @@ def check_torch(gpus: list[Gpu], torch) -> Line:
     header = Path(sysconfig.get_path("include", "posix_prefix")) / "Python.h"
     if compiler is None or not header.exists():
         missing = header if compiler else "a C compiler"
-        return Line("error", "torch", f"{text}, but {missing} is missing, with which triton builds each kernel's launcher: "
+        return Line("error", "torch", f"{text}, but {missing} is missing, which triton needs to launch a kernel: "
                                       "install gcc and Python's headers (Debian, Ubuntu: apt install gcc python3-dev)")
     import triton
     return Line("ok", "torch", f"{text}, triton {triton.__version__}")
