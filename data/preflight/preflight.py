@@ -110,9 +110,9 @@ def check_torch(gpus: list[Gpu], torch) -> Line:
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     header = Path(sysconfig.get_path("include", "posix_prefix")) / "Python.h"
     if compiler is None or not header.exists():
-        return Line("error", "torch", f"{text}, but {header if compiler else 'a C compiler'} is missing, with which triton "
-                                      "builds a launcher for every kernel: install gcc and Python's headers (Debian, "
-                                      "Ubuntu: apt install gcc python3-dev)")
+        missing = header if compiler else "a C compiler"
+        return Line("error", "torch", f"{text}, but {missing} is missing, which triton needs to launch a kernel: "
+                                      "install gcc and Python's headers (Debian, Ubuntu: apt install gcc python3-dev)")
     import triton
     return Line("ok", "torch", f"{text}, triton {triton.__version__}")
 

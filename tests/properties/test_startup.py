@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import train_gpt_medium as tgm
-from helpers import ALONE, CPU, as_window, random_ids, randomise, small_config
+from helpers import ALONE, CPU, TRAINER, as_window, random_ids, randomise, small_config
 
 # One layer of each kind, and a second one of the first: long and short windows, with and without value embeddings.
 LAYERS = (tgm.Layer(value_embed=0, long_window=True), tgm.Layer(value_embed=0), tgm.Layer(),
@@ -50,6 +50,20 @@ def test_every_layer_may_be_a_kind_of_its_own(monkeypatch):
     with torch.no_grad():
         model.latents(random_ids(128, model.config), as_window(1))
     assert counters["stats"]["unique_graphs"] == 5
+
+
+def test_an_edited_operation_has_graphs_of_its_own_in_the_caches(tmp_path, monkeypatch):
+    """And an edited recipe keeps those it has: torch would return the graph of the operation as it was."""
+    source, tags = TRAINER.read_text(), []
+    for old, new in ((source, source), ("Muon(lr=0.03", "Muon(lr=0.04"),
+                     ("len(logits), dtype=torch.float32)", "len(logits), dtype=torch.bfloat16)")):
+        assert old in source
+        (tmp_path / "edited.py").write_text(source.replace(old, new))
+        monkeypatch.setattr(tgm, "__file__", str(tmp_path / "edited.py"))
+        monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
+        tgm.compile_model(make_model(), whole=True, backend="aot_eager")
+        tags.append(torch.compiler.config.cache_key_tag)
+    assert tags[0] == tags[1] != tags[2]
 
 
 def test_progress_shows_every_compilation_on_rank_0(capsys):

@@ -66,7 +66,7 @@ def test_driver_line_says_which_build_fits(driver, cuda, status, words):
 @pytest.mark.parametrize("compilers, header, words", [
     (["gcc"], True, "triton "), (["clang"], True, "triton "), ([], True, "a C compiler is missing"),
     (["gcc"], False, "Python.h is missing")])
-def test_torch_line_says_what_triton_cannot_build_its_launchers_without(tmp_path, monkeypatch, compilers, header, words):
+def test_torch_line_says_what_triton_cannot_do_without(tmp_path, monkeypatch, compilers, header, words):
     pytest.importorskip("triton", reason="triton is not installed")
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(preflight.shutil, "which", lambda name: name if name in compilers else None)
