@@ -267,9 +267,10 @@ def source_difference(a: Group, b: Group) -> dict:
 def check_section(folder: check.Folder, findings: list[check.Finding]) -> dict:
     rows = [[f.rule.severity, f.rule.id, message, f.rule.why] for f in findings if f.status == "broken"
             for message in f.messages]
-    kept = {status: [f.rule.id for f in findings if f.status == status] for status in ("ok", "not applicable")}
+    kept = {words: [f.rule.id for f in findings if f.status == status]
+            for status, words in (("ok", "Kept"), ("not applicable", "Not applicable"))}
     return {"verdict": check.verdict_of(folder, findings),
-            "kept": " ".join(f"{status.capitalize()}: {', '.join(ids)}." for status, ids in kept.items() if ids),
+            "kept": " ".join(f"{words}: {', '.join(ids)}." for words, ids in kept.items() if ids),
             "table": table("Rules that are broken", ["severity", "rule", "what was found", "why it matters"], rows)}
 
 
@@ -334,8 +335,9 @@ def mean_of(group: Group) -> dict | None:
     if series is None or len(series.steps) < 2 or len(series.runs) < 2:
         return None
     edges, ms = (series.step_times[0], series.step_times[1]) if series.step_times else ([], [])
-    return {"label": f"{group.label}, mean of {len(series.runs)} runs", "step": plain(series.steps),
-            "loss": plain(np.round(series.losses, 7)), "ms": plain(np.round(60_000 * series.minutes, 1)),
+    return {"label": f"{group.label}, ".removeprefix("all, ") + f"mean of {len(series.runs)} runs",
+            "step": plain(series.steps), "loss": plain(np.round(series.losses, 7)),
+            "ms": plain(np.round(60_000 * series.minutes, 1)),
             "scalars": {name: plain(np.round(mean, 7)) for name, (mean, _) in series.extras.items()},
             "step_ms": {"x": plain(edges), "y": plain(np.round(ms, 3))} if len(edges) else None}
 
@@ -389,13 +391,14 @@ def assemble(title: str, groups: list[Group], folder: check.Folder | None, findi
     shown = sides or [group for group in groups if group.side and group.side.has_curve][:1]
     times = r if sides else compare.explain_times(shown[0].side, shown[0].side) if shown and np.isfinite(
         shown[0].series.minutes).all() else {}
-    points = min(max(POINTS_OF_ALL // max(sum(len(group.runs) for group in groups), 1), MIN_POINTS), MAX_POINTS)
+    runs = [run for group in groups for run in group.runs]
+    points = min(max(POINTS_OF_ALL // max(len(runs), 1), MIN_POINTS), MAX_POINTS)
     described = [describe_group(group, points) for group in groups]
     return {
         "title": title, "headline": claims[0] if claims else "No run has finished.", "sentences": claims[1:],
         "groups": described, "target": TARGET if judged else None,
-        "thinning": f"Validations are all here. Series by step keep the lowest and the highest of every stretch, about "
-                    f"{points:,} points a run: no peak is lost.",
+        "thinning": f"Every validation is here. Series by step keep the lowest and the highest point of every stretch, "
+                    f"{points:,} points a run at most: no peak is lost." if any(run.step_ms for run in runs) else "",
         "sides": sides_table(groups), "places": places_of(groups, folder),
         "difference": difference_table(r) if r else None, "equal": equal_tables(r) if r else [],
         "warnings": r["warnings"] if r else [],

@@ -42,8 +42,8 @@ const curves = () => data.groups.flatMap(group => [group.mean, ...group.runs]).f
 
 function nameOf(group, r) {
   const name = group.runs[r].name.replace(/^([0-9a-f]{8})-[0-9a-f-]{27}$/, "$1");  // of a run id, its beginning
-  return group.runs.length === 1 ? `${group.label} (${name})`
-    : `${group.label}, run ${r + 1}${name === `run ${r + 1}` ? "" : ` (${name})`}`;
+  if (group.runs.length === 1) return `${group.label} (${name})`;
+  return `${group.label}, run ${r + 1} (${name})`.replace(/^all, /, "").replace(/ \(run \d+\)$/, "");
 }
 
 /** pick(curve, isMean) gives {x, y, tell(i)} or nothing; points without a number are left out. */
@@ -417,7 +417,7 @@ function texts() {
   const [differing, shared] = data.constants;
   byId("constants").hidden = !differing;
   if (differing) {
-    fill("constants-differ", [differing], curves().length > 1 ? "No constant differs between these runs, but for the seeds." : "");
+    fill("constants-differ", [differing], "No constant differs between these runs, but for the seeds.");
     byId("constants-shared").parentElement.hidden = !fill("constants-shared", [shared]);
   }
   byId("source").hidden = !data.source;
