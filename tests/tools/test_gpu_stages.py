@@ -79,7 +79,7 @@ def test_a_stage_that_fails_or_hangs_leaves_what_it_has_and_the_next_begins(fake
         {"parts": [1, 2], "says": "short is | done"}, {"half": 0.5}, {"begun": True}]
     assert entries["b"]["output"][0] == "Traceback (most recent call last):"
     assert entries["b"]["output"][-1].endswith("StageError: out of luck")
-    assert {"date", "commit", "source", "torch", "triton", "driver", "seconds", "load"} <= entries["a"].keys()
+    assert {"date", "source", "torch", "triton", "driver", "seconds", "load"} <= entries["a"].keys()
     assert_dies(tmp_path / "results")
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
         "gpu_nvidia_x_torch_2.11.0.json", "grandchild"]
@@ -126,7 +126,8 @@ def entry(key: str, **changes) -> dict:
 
 
 def test_the_table_shows_what_has_run_where_and_what_is_owed(tmp_path, capsys):
-    failed = entry("c", status="failed", output=["Traceback", "RuntimeError: no | luck", ""], source="another")
+    output = ["Traceback", "torch.CudaError: no | luck", "see the docs", ""]
+    failed = entry("c", status="failed", output=output, source="another")
     books = [{"gpu": "X", "torch": "2.11", "stages": {"a": entry("a"), "c": failed}},
              {"gpu": "Y", "torch": "2.13", "stages": {"a": entry("a", source="another"), "b": entry("b")}}]
     for number, content in enumerate(books):
@@ -138,7 +139,7 @@ def test_the_table_shows_what_has_run_where_and_what_is_owed(tmp_path, capsys):
                      f"| {what['a']} | X, torch 2.11, 2026-12-01 | a / fine |",
                      f"| {what['a']} | Y, torch 2.13, 2026-12-01 | a / fine |",
                      f"| {what['b']} | Y, torch 2.13, 2026-12-01 | b / fine |",
-                     f"| {what['c']} | X, torch 2.11, 2026-12-01 | failed: RuntimeError: no / luck |"]
+                     f"| {what['c']} | X, torch 2.11, 2026-12-01 | failed: torch.CudaError: no / luck |"]
     owes = [f"({key}) {what[key]}" for key in "cdefghi"]
     assert (empty, owed) == ("", f"Still owed to a GPU: {'; '.join([*owes, stages.BEYOND])}.")
     assert x.endswith("would run b c d e f g h i") and y.endswith("would run a c d e f g h i")
@@ -162,7 +163,7 @@ def test_what_nvidia_smi_says_is_summed_up():
     rows = [dict(zip(names, row)) for row in (
         ["1980", "2619", "690.10", "41000", "60", "100", "0x0000000000000004"],
         ["1700", "2619", "700.00", "52000", "64", "98", "0x0000000000000020"],
-        ["345", "2619", "[N/A]", "0", "30", "0", "0x0000000000000001"], [])]
+        ["345", "2619", "[N/A]", "0", "30", "0", "0x0000000000000001"], ["Unknown error"], [])]
     assert stages.summarise(rows) == {
         "samples": 2, "sm_mhz": [1700, 1840, 1980], "memory_mhz": [2619] * 3, "power_w": [690.1, 695.05, 700],
         "used_mib": [41000, 46500, 52000], "celsius": [60, 62, 64], "busy": [98, 99, 100],
