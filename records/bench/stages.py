@@ -204,7 +204,7 @@ def first_look(job: Job) -> None:
     torch.cuda.empty_cache()  # the next process needs it
     job.make_shards(3)
     run = job.train("short", num_iterations=3)
-    job.keep(run=run, says=f"operations, attention and its gradients within {max(errors.values()):.2%} of fp32; loss "
+    job.keep(run=run, says=f"kernels, attention and its gradients within {max(errors.values()):.2%} of fp32; loss "
              f"{run['losses'][0]:.2f} to {run['losses'][-1]:.2f}, {run['step_ms']:.0f} ms a step")
     if wrong := {name: error for name, error in errors.items() if not error < MARGIN}:
         raise StageError(f"not within {MARGIN:.0%} of fp32: {wrong}")

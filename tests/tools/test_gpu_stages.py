@@ -5,12 +5,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+import memory
 import shards
 import stages
+import train_gpt_medium as tgm
 from helpers import ROOT, environment
 
 # Stand-ins for the stages: a works, b fails with what it has found, c never ends, d works.
@@ -171,13 +175,43 @@ def test_what_nvidia_smi_says_is_summed_up():
     assert stages.summarise([{}, {}]) == {"samples": 0, "throttle": []}
 
 
-def test_the_synthetic_shards_of_a_gpu_are_long_enough(monkeypatch, tmp_path):
-    """Rehearsals make shards of text: this command they do not run."""
-    monkeypatch.setattr(stages, "call", lambda script, *options: commands.append(shards.parse([*map(str, options)])))
-    commands = []
-    stages.Job(tmp_path, tiny=False).make_shards(3)
-    assert [(c.folder, c.shards, c.tokens, c.val_tokens) for c in commands] == [
-        (tmp_path / "shards", 1, 3 * 8 * 65536 + 1, 2**17 + 1)]
+@pytest.mark.parametrize("run, num_configs, says", [
+    (stages.first_look, 1, "kernels, attention and its gradients within 1.00% of fp32; loss 9.00 to 9.00, 2 ms a step"),
+    (stages.starts, 2, "1 s to the first validation cold, 1 s warm"),
+    (stages.memory_peaks, 6, "; ".join(f"pieces of {n}: 3 MiB, estimated 5" for n in ("65,536", "16,384", "4,096"))),
+    (stages.second_experiment, 1, "loss 9.00 to 9.00, 2 ms a step, 3 MiB")])
+def test_runs_at_full_size_have_possible_constants_and_enough_shards(run, num_configs, says, monkeypatch, tmp_path):
+    """What a rehearsal, which is tiny, does not show: the commands of a GPU, parsed and not executed."""
+    made, configs = [], []
+
+    def call(script, *options, **_):
+        if script != "-c":
+            made.append(shards.parse([*map(str, options)]))
+            return []
+        _, recipe, preset, constants = options
+        configs.append(replace(import_module(recipe).PRESETS[preset](), **json.loads(constants)))
+        return [(1.0, "step:0/1 val_loss:9.0 train_time:0ms step_avg:2.0ms"), (2.0, "peak memory: 3 MiB allocated")]
+
+    monkeypatch.setattr(stages, "call", call)
+    for name in ("kernel_errors", "attention_errors"):
+        monkeypatch.setattr(stages, name, lambda config, T, device, name=name: {f"{name} {T} {device}": 0.01})
+    monkeypatch.setattr(memory, "count", lambda config, size: configs.append(config) or 5 << 20)
+    run(stages.Job(tmp_path, tiny=False))
+    for config in configs:
+        shard = tgm.Shard(made[0].folder, made[0].tokens)
+        assert len([*tgm.batch_places([shard], config)]) == config.num_iterations and config.needs_gpu
+        assert made[0].val_tokens > config.val_tokens
+    assert len(configs) == num_configs and json.loads((tmp_path / "found.json").read_text())["says"] == says
+
+
+@pytest.mark.parametrize("error", [0.03, float("nan")])
+def test_a_kernel_that_is_wrong_fails_the_first_stage(error, monkeypatch, tmp_path):
+    monkeypatch.setattr(stages, "kernel_errors", lambda *_: {"good": 0.01, "bad": error})
+    monkeypatch.setattr(stages, "attention_errors", lambda *_: {})
+    monkeypatch.setattr(stages, "call", lambda *_, **__: [(1.0, "step:0/1 val_loss:9.0 train_time:0ms step_avg:2.0ms")])
+    with pytest.raises(stages.StageError, match=f"not within 2% of fp32: {{'bad': {error}}}"):
+        stages.first_look(stages.Job(tmp_path, tiny=False))
+    assert json.loads((tmp_path / "found.json").read_text())["run"]["step_ms"] == 2  # it trained all the same
 
 
 def test_without_a_gpu_a_sentence_says_so():
