@@ -43,6 +43,7 @@ def pretend(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch.cuda, "is_available", lambda: True)
     patch.setattr(torch.cuda, "Event", Event)
     patch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     for name in ("synchronize", "reset_peak_memory_stats"):
         patch.setattr(torch.cuda, name, lambda: None)
     for name, gigabytes in {"memory_allocated": (10, 13), "max_memory_allocated": (15,)}.items():

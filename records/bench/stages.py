@@ -116,21 +116,29 @@ def call(*command, cwd: Path = ROOT, **environment: str) -> list[tuple[float, st
         print(line, end="", flush=True)
         lines.append((time.perf_counter() - began, line.strip()))
     if process.wait():
-        last = next((line for _, line in reversed(lines) if line), "it printed nothing")
-        raise StageError(f"{' '.join(map(str, command))[:120]}: status {process.returncode}: {last}")
+        said = last_words([line for _, line in lines])
+        raise StageError(f"{' '.join(map(str, command))[:120]}: status {process.returncode}: {said}")
     return lines
 
 
-def attempt(*parts: Callable[[], object]) -> None:
-    """All of them, whatever becomes of one. Raises what went wrong at the end."""
-    errors = []
+def last_words(lines: list[str]) -> str:
+    """The error that a process ended with, or its last line."""
+    said = [line.strip() for line in lines if line.strip()] or ["it printed nothing"]
+    error = re.compile(r"(\[rank\d+\]:\s*)?[\w.]+(Error|Exception): ")
+    return next((line for line in reversed(said) if error.match(line)), said[-1])
+
+
+def attempt(*parts: Callable[[], object]) -> list:
+    """The results of all, whatever becomes of one. Raises what went wrong at the end."""
+    results, errors = [], []
     for part in parts:
         try:
-            part()
+            results.append(part())
         except StageError as error:
             errors.append(str(error))
     if errors:
         raise StageError("; ".join(errors))
+    return results
 
 
 def relative(ours, exact) -> float:
@@ -196,7 +204,7 @@ def first_look(job: Job) -> None:
     torch.cuda.empty_cache()  # the next process needs it
     job.make_shards(3)
     run = job.train("short", num_iterations=3)
-    job.keep(run=run, says=f"operations, attention and its gradients within {max(errors.values()):.2%} of fp32; loss "
+    job.keep(run=run, says=f"kernels, attention and its gradients within {max(errors.values()):.2%} of fp32; loss "
              f"{run['losses'][0]:.2f} to {run['losses'][-1]:.2f}, {run['step_ms']:.0f} ms a step")
     if wrong := {name: error for name, error in errors.items() if not error < MARGIN}:
         raise StageError(f"not within {MARGIN:.0%} of fp32: {wrong}")
@@ -205,15 +213,14 @@ def first_look(job: Job) -> None:
 def gpu_tests(job: Job) -> None:
     if find_spec("pytest") is None:
         raise StageError("pytest is not installed, and this stage is tests: pip install -r tests/requirements.txt")
-    says = []
 
-    def run(name: str, *options: str) -> None:
+    def run(name: str, *options: str) -> str:
         file = f"tests/properties/{name}.py"
         *_, (_, last) = call("-m", "pytest", file, "-v", "--tb=short", "-p", "no:cacheprovider", *options)
-        says.append(f"{name}: {last.strip(' =')}")
-        job.keep(says="; ".join(says))
+        return f"{name}: {last.strip(' =')}"
 
-    attempt(partial(run, "test_gpu"), partial(run, "test_kernels", *["-k", "embedding"] * job.tiny))
+    says = attempt(partial(run, "test_gpu"), partial(run, "test_kernels", *["-k", "embedding"] * job.tiny))
+    job.keep(says="; ".join(says))
 
 
 def step_time(job: Job) -> None:
@@ -226,19 +233,14 @@ def step_time(job: Job) -> None:
 
 
 def parts_alone(job: Job) -> None:
+    kernels, optimizer = attempt(*(partial(job.bench, name, f"--{name}") for name in ("kernels", "optimizer")))
     says = []
-
-    def kernels() -> None:
-        for name, case in job.bench("kernels", "--kernels")["kernels"].items():
-            ours, other, *_ = (row["median"] for row in case["versions"].values())
-            says.append(f"{name} {ours:.3f} of the library's {other:.3f} ms")
-
-    def optimizer() -> None:
-        for size, case in job.bench("optimizer", "--optimizer")["ranks"].items():
-            ours, frozen = (row["median"] for row in case["optimizers"].values())
-            says.append(f"optimizer on one of {size} ranks {ours:.1f} of the frozen one's {frozen:.1f} ms")
-
-    attempt(kernels, optimizer)
+    for name, case in kernels["kernels"].items():
+        ours, other, *_ = (row["median"] for row in case["versions"].values())
+        says.append(f"{name} {ours:.3f} of the library's {other:.3f} ms")
+    for size, case in optimizer["ranks"].items():
+        ours, frozen = (row["median"] for row in case["optimizers"].values())
+        says.append(f"optimizer on one of {size} ranks {ours:.1f} of the frozen one's {frozen:.1f} ms")
     job.keep(says="; ".join(says))
 
 
@@ -263,10 +265,10 @@ def resumes(job: Job) -> None:
     import torch
     job.make_shards(4)
     constants, parts = dict(num_iterations=4, checkpoint_every=2, seed=1), []
-    for name in ("straight", "resumed"):
+    for name in ("straight", "resumed"):  # of which the first finds no checkpoint, the second one
         job.keep(**{name: job.train(name, *job.folder.glob("straight/checkpoints/*/step_000002"), **constants)})
         end, = job.folder.glob(f"{name}/checkpoints/*/step_000004")
-        part = torch.load(end / "rank_0.pt", mmap=True, weights_only=True)
+        part = torch.load(end / "rank_0.pt", map_location="cpu", mmap=True, weights_only=True)
         parts.append({"parameters": part["shards"]} | part["optimizer"])
     straight, resumed = parts
     apart = {f"{bank} {name}": relative(resumed[bank][name], x) for bank, state in straight.items()
@@ -343,21 +345,18 @@ def source_of(stage: Stage) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Running them
 
-def answer_of(*command: str) -> list[str]:
-    """The words of a command's answer between commas; none where it is missing or fails."""
+def ask_gpu(uuid: str | None, fields: Iterable[str]) -> list[str]:
+    """nvidia-smi's answers; none where it is missing or fails."""
     with suppress(OSError, subprocess.SubprocessError):
+        command = ["nvidia-smi", f"--id={uuid}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
         return done.stdout.strip().split(", ")
     return []
 
 
-def ask_gpu(uuid: str | None, fields: Iterable[str]) -> list[str]:
-    return answer_of("nvidia-smi", f"--id={uuid}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
-
-
 def summarise(samples: list[dict[str, str]]) -> dict:
     """Least, median and largest of what was sampled while the GPU was busy, and what throttled it."""
-    samples = [row for row in samples if row]
+    samples = [row for row in samples if len(row) == len(SAMPLED)]
     rows = [row for row in samples if row["busy"].isdigit() and int(row["busy"]) >= 50] or samples
     load = {"samples": len(rows)}
     for name in SAMPLED.keys() - {"throttle"}:
@@ -418,10 +417,8 @@ def run_stage(stage: Stage, book: dict, paths: list[Path], uuid: str | None, ent
 
 
 def describe(entry: dict) -> str:
-    """An entry in a line: its result, or the last of what it said."""
-    if entry["status"] == "ok":
-        return entry["result"]["says"]
-    return f"{entry['status']}: {next((line.strip() for line in reversed(entry['output']) if line.strip()), 'silent')}"
+    """An entry in a line: its result, or what it ended with."""
+    return entry["result"]["says"] if entry["status"] == "ok" else f"{entry['status']}: {last_words(entry['output'])}"
 
 
 def as_table(books: list[dict]) -> str:
@@ -442,20 +439,19 @@ def is_done(stage: Stage, book: dict) -> bool:
 
 def run_stages(args: argparse.Namespace, folder: Path) -> int:
     """The stages asked for, or those without a result. The exit status: 1 if one failed."""
+    deadline, failed = time.monotonic() + 60 * args.minutes, False
     facts = json.loads(subprocess.run([sys.executable, "-c", FACTS], capture_output=True, text=True, check=True).stdout)
     if args.rehearse:
         facts["gpu"] = "no GPU, a rehearsal"
     elif not facts["gpu"]:
         sys.exit(f"error: {sys.executable} sees no CUDA GPU: run this on a GPU machine, or --rehearse.")
     uuid = facts.pop("uuid")
-    facts |= {"driver": "".join(ask_gpu(uuid, ["driver_version"])), "commit": "".join(
-        answer_of("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")),
+    facts |= {"driver": "".join(ask_gpu(uuid, ["driver_version"])),
               "triton": metadata.version("triton") if find_spec("triton") else None}
     name = re.sub(r"[^a-z0-9.]+", "_", f"gpu {facts['gpu']} torch {facts['torch'].split('+')[0]}".lower())
     paths = [path / f"{name}.json" for path in (folder, args.copy) if path]
     book = read_book(paths[0]) if paths[0].exists() else {"gpu": facts["gpu"], "torch": facts["torch"], "stages": {}}
     print(f"{facts['gpu']}, torch {facts['torch']}: results in {paths[0]}", flush=True)
-    deadline, failed = time.monotonic() + 60 * args.minutes, False
     for stage in STAGES:
         if stage.key not in args.stages if args.stages else is_done(stage, book):
             continue

@@ -5,12 +5,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+import memory
 import shards
 import stages
+import train_gpt_medium as tgm
 from helpers import ROOT, environment
 
 # Stand-ins for the stages: a works, b fails with what it has found, c never ends, d works.
@@ -79,7 +83,7 @@ def test_a_stage_that_fails_or_hangs_leaves_what_it_has_and_the_next_begins(fake
         {"parts": [1, 2], "says": "short is | done"}, {"half": 0.5}, {"begun": True}]
     assert entries["b"]["output"][0] == "Traceback (most recent call last):"
     assert entries["b"]["output"][-1].endswith("StageError: out of luck")
-    assert {"date", "commit", "source", "torch", "triton", "driver", "seconds", "load"} <= entries["a"].keys()
+    assert {"date", "source", "torch", "triton", "driver", "seconds", "load"} <= entries["a"].keys()
     assert_dies(tmp_path / "results")
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
         "gpu_nvidia_x_torch_2.11.0.json", "grandchild"]
@@ -126,7 +130,8 @@ def entry(key: str, **changes) -> dict:
 
 
 def test_the_table_shows_what_has_run_where_and_what_is_owed(tmp_path, capsys):
-    failed = entry("c", status="failed", output=["Traceback", "RuntimeError: no | luck", ""], source="another")
+    output = ["Traceback", "torch.CudaError: no | luck", "see the docs", ""]
+    failed = entry("c", status="failed", output=output, source="another")
     books = [{"gpu": "X", "torch": "2.11", "stages": {"a": entry("a"), "c": failed}},
              {"gpu": "Y", "torch": "2.13", "stages": {"a": entry("a", source="another"), "b": entry("b")}}]
     for number, content in enumerate(books):
@@ -138,7 +143,7 @@ def test_the_table_shows_what_has_run_where_and_what_is_owed(tmp_path, capsys):
                      f"| {what['a']} | X, torch 2.11, 2026-12-01 | a / fine |",
                      f"| {what['a']} | Y, torch 2.13, 2026-12-01 | a / fine |",
                      f"| {what['b']} | Y, torch 2.13, 2026-12-01 | b / fine |",
-                     f"| {what['c']} | X, torch 2.11, 2026-12-01 | failed: RuntimeError: no / luck |"]
+                     f"| {what['c']} | X, torch 2.11, 2026-12-01 | failed: torch.CudaError: no / luck |"]
     owes = [f"({key}) {what[key]}" for key in "cdefghi"]
     assert (empty, owed) == ("", f"Still owed to a GPU: {'; '.join([*owes, stages.BEYOND])}.")
     assert x.endswith("would run b c d e f g h i") and y.endswith("would run a c d e f g h i")
@@ -162,7 +167,7 @@ def test_what_nvidia_smi_says_is_summed_up():
     rows = [dict(zip(names, row)) for row in (
         ["1980", "2619", "690.10", "41000", "60", "100", "0x0000000000000004"],
         ["1700", "2619", "700.00", "52000", "64", "98", "0x0000000000000020"],
-        ["345", "2619", "[N/A]", "0", "30", "0", "0x0000000000000001"], [])]
+        ["345", "2619", "[N/A]", "0", "30", "0", "0x0000000000000001"], ["Unknown error"], [])]
     assert stages.summarise(rows) == {
         "samples": 2, "sm_mhz": [1700, 1840, 1980], "memory_mhz": [2619] * 3, "power_w": [690.1, 695.05, 700],
         "used_mib": [41000, 46500, 52000], "celsius": [60, 62, 64], "busy": [98, 99, 100],
@@ -170,13 +175,43 @@ def test_what_nvidia_smi_says_is_summed_up():
     assert stages.summarise([{}, {}]) == {"samples": 0, "throttle": []}
 
 
-def test_the_synthetic_shards_of_a_gpu_are_long_enough(monkeypatch, tmp_path):
-    """Rehearsals make shards of text: this command they do not run."""
-    monkeypatch.setattr(stages, "call", lambda script, *options: commands.append(shards.parse([*map(str, options)])))
-    commands = []
-    stages.Job(tmp_path, tiny=False).make_shards(3)
-    assert [(c.folder, c.shards, c.tokens, c.val_tokens) for c in commands] == [
-        (tmp_path / "shards", 1, 3 * 8 * 65536 + 1, 2**17 + 1)]
+@pytest.mark.parametrize("run, num_configs, says", [
+    (stages.first_look, 1, "kernels, attention and its gradients within 1.00% of fp32; loss 9.00 to 9.00, 2 ms a step"),
+    (stages.starts, 2, "1 s to the first validation cold, 1 s warm"),
+    (stages.memory_peaks, 6, "; ".join(f"pieces of {n}: 3 MiB, estimated 5" for n in ("65,536", "16,384", "4,096"))),
+    (stages.second_experiment, 1, "loss 9.00 to 9.00, 2 ms a step, 3 MiB")])
+def test_runs_at_full_size_have_possible_constants_and_enough_shards(run, num_configs, says, monkeypatch, tmp_path):
+    """What a rehearsal, which is tiny, does not show: the commands of a GPU, parsed and not executed."""
+    made, configs = [], []
+
+    def call(script, *options, **_):
+        if script != "-c":
+            made.append(shards.parse([*map(str, options)]))
+            return []
+        _, recipe, preset, constants = options
+        configs.append(replace(import_module(recipe).PRESETS[preset](), **json.loads(constants)))
+        return [(1.0, "step:0/1 val_loss:9.0 train_time:0ms step_avg:2.0ms"), (2.0, "peak memory: 3 MiB allocated")]
+
+    monkeypatch.setattr(stages, "call", call)
+    for name in ("kernel_errors", "attention_errors"):
+        monkeypatch.setattr(stages, name, lambda config, T, device, name=name: {f"{name} {T} {device}": 0.01})
+    monkeypatch.setattr(memory, "count", lambda config, size: configs.append(config) or 5 << 20)
+    run(stages.Job(tmp_path, tiny=False))
+    for config in configs:
+        shard = tgm.Shard(made[0].folder, made[0].tokens)
+        assert len([*tgm.batch_places([shard], config)]) == config.num_iterations and config.needs_gpu
+        assert made[0].val_tokens > config.val_tokens
+    assert len(configs) == num_configs and json.loads((tmp_path / "found.json").read_text())["says"] == says
+
+
+@pytest.mark.parametrize("error", [0.03, float("nan")])
+def test_a_kernel_that_is_wrong_fails_the_first_stage(error, monkeypatch, tmp_path):
+    monkeypatch.setattr(stages, "kernel_errors", lambda *_: {"good": 0.01, "bad": error})
+    monkeypatch.setattr(stages, "attention_errors", lambda *_: {})
+    monkeypatch.setattr(stages, "call", lambda *_, **__: [(1.0, "step:0/1 val_loss:9.0 train_time:0ms step_avg:2.0ms")])
+    with pytest.raises(stages.StageError, match=f"not within 2% of fp32: {{'bad': {error}}}"):
+        stages.first_look(stages.Job(tmp_path, tiny=False))
+    assert json.loads((tmp_path / "found.json").read_text())["run"]["step_ms"] == 2  # it trained all the same
 
 
 def test_without_a_gpu_a_sentence_says_so():
