@@ -180,6 +180,24 @@ def test_symmetric_products_equal_plain_torch(kernels, dtype, n, rows, K):
     assert torch.equal(B[:, mirrored], B.mT[:, mirrored])
 
 
+@pytest.mark.parametrize("name, arguments", [
+    ("cross_entropy", lambda x, ids: (x(64, 256), ids, 15.0, True)),
+    ("mlp_up", lambda x, ids: (x(64, 64), x(256, 64))),
+    ("mlp_down_grad", lambda x, ids: (x(64, 64), x(64, 256), x(64, 256).square())),
+    ("embedding_grad", lambda x, ids: (x(2, 64, 32), ids, 256)),
+    ("symmetric_product", lambda x, ids: (x(2, 128, 64), 1.0, 0.0)),
+    ("symmetric_product", lambda x, ids: (x(2, 128, 128), 1.2, -3.1))])
+@pytest.mark.parametrize("version", ["kernel", "plain"])
+def test_operations_do_what_they_declare(request, version, name, arguments):
+    """To torch.compile: shape, dtype and strides of what they return, and which tensors they overwrite."""
+    if version == "kernel":
+        request.getfixturevalue("kernels")
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    ids = torch.randint(256, (64,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    given = arguments(lambda *shape: randn(*shape, seed=1, dtype=dtype, scale=0.1), ids)
+    torch.library.opcheck(getattr(tgm, name), given, test_utils=("test_schema", "test_faketensor"))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_newton_schulz_through_the_kernel_equals_the_plain_one(kernels, monkeypatch, dtype):
     x = randn(2, 128, 192, seed=1, dtype=dtype)
