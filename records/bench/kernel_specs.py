@@ -1,8 +1,8 @@
 """The Triton kernels of a run, compiled for an H100 (sm_90) that is not there: registers, shared memory and spills.
 
     python records/bench/kernel_specs.py                 the hand-written ones; half a minute
-    python records/bench/kernel_specs.py medium short    also all that TorchInductor generates for these presets;
-                                                         writes kernel_specs_<version of torch>.txt; 10 minutes
+    python records/bench/kernel_specs.py medium short    and all that TorchInductor generates for these presets, written
+                                                         to kernel_specs_<version of torch>.txt; 4 minutes
 
 The second needs a CUDA build of torch and a C++ compiler, but no GPU: tensors are fake, and a stub of the driver says
 that there is one. The trainer itself then compiles its model and its updates, at full size; every configuration counts
@@ -19,7 +19,8 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -182,8 +183,15 @@ def run_with_fake_driver(code: str) -> list[CompiledKernel]:
     return [CompiledKernel(*row) for row in json.loads(done.stdout.splitlines()[-1])]
 
 
-def pretend_h100(note: Callable[[CompiledKernel], None], phase: list[str]) -> None:
-    """Make this process's torch compile for an H100 and launch nothing. phase: the current one, its only element."""
+@dataclass
+class Found:
+    """phase: what the trainer compiles at this moment; kernels: what it has compiled."""
+    phase: str = ""
+    kernels: list[CompiledKernel] = field(default_factory=list)
+
+
+def pretend_h100(found: Found) -> None:
+    """Make torch compile for an H100 in this process, and launch nothing."""
     import torch._inductor.config as inductor
     import triton
     from torch._dynamo.device_interface import CudaInterface
@@ -227,11 +235,12 @@ def pretend_h100(note: Callable[[CompiledKernel], None], phase: list[str]) -> No
 
     def codegen_and_compile(self, graph, inputs, inputs_to_check, options):
         results = [getattr(node, "meta", {}).get("val") for node in graph.graph.output_node().args[0]]
-        before, pass_name = phase[0], "backward" if options.get("is_backward") else "forward"
-        phase[0] = f"{before}-{pass_name}" if before == "training" else before
-        print(f"{phase[0]}: a graph of {len(graph.graph.nodes)} nodes", file=sys.stderr)
+        phase = found.phase
+        if phase == "training":
+            found.phase += "-backward" if options["is_backward"] else "-forward"
+        print(f"{found.phase}: a graph of {len(graph.graph.nodes)} nodes", file=sys.stderr)
         code = generate(self, graph, inputs, inputs_to_check, options)
-        phase[0] = before
+        found.phase = phase
         code.current_callable = lambda inputs: [
             torch.empty_strided(r.size(), r.stride(), dtype=r.dtype, device=r.device) if isinstance(r, Tensor) else r
             for r in results]
@@ -245,11 +254,15 @@ def pretend_h100(note: Callable[[CompiledKernel], None], phase: list[str]) -> No
     def precompile_config(self, config):
         tiles = {name: value for name, value in self.inductor_meta.get("config_args", {}).items()  # of a template
                  if name.startswith("BLOCK_")} | config.kwargs
+        name = self.inductor_meta["kernel_name"]
         with ptxas_log() as log:
-            result = precompile(self, config)
-        kernel = describe(phase[0], self.inductor_meta["kernel_name"], tiles, result.kernel.metadata, log)
+            try:
+                result = precompile(self, config)
+            except Exception as error:  # Inductor would drop a configuration that ptxas refuses
+                raise tgm.UserError(f"{name} ({as_config(tiles)}) does not compile.") from error
+        kernel = describe(found.phase, name, tiles, result.kernel.metadata, log)
         result.kernel.n_regs = kernel.registers  # a reduction that takes many is compiled with smaller blocks too
-        note(kernel)
+        found.kernels.append(kernel)
         return result
 
     CachingAutotuner._precompile_config = precompile_config
@@ -264,8 +277,8 @@ def compile_generated(config: tgm.Config, world_sizes: tuple[int, ...] = (1, 8))
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.testing._internal.distributed.fake_pg import FakeStore
-    kernels, phase, device = [], [""], torch.device("cuda", 0)
-    pretend_h100(kernels.append, phase)
+    found, device = Found(), torch.device("cuda", 0)
+    pretend_h100(found)
     torch._inductor.config.coordinate_descent_tuning = config.coordinate_descent_tuning
 
     def optimizer_of(size: int) -> tgm.Optimizer:
@@ -282,20 +295,20 @@ def compile_generated(config: tgm.Config, world_sizes: tuple[int, ...] = (1, 8))
         tgm.compile_model(model, whole=config.coordinate_descent_tuning)
         optimizer_of(1)  # parameters lie in its buffers: not all at multiples of 16 bytes
         if torch.version.cuda:
-            phase[0] = "training"
+            found.phase = "training"
             model(**inputs(config.piece_len)).backward()
-        phase[0] = "validation"
+        found.phase = "validation"
         with torch.no_grad():
             model(**inputs(config.val_piece_len))
         for size in world_sizes:
-            phase[0] = f"updates-{size}-rank{'s' * (size > 1)}"
+            found.phase = f"updates-{size}-rank{'s' * (size > 1)}"
             if size > 1:
                 torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
             optimizer = optimizer_of(size)
             for p in model.parameters():
                 p.grad = torch.empty_like(p)
             optimizer.step(1)  # a step without Snoo, of which nothing is compiled
-    return kernels
+    return found.kernels
 
 
 # ----------------------------------------------------------------------------------------------------------------------

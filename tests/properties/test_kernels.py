@@ -224,7 +224,7 @@ def test_kernels_compile_for_an_h100_without_spills():
 def test_generated_kernels_compile_for_an_h100_that_is_not_there():
     """Those of one layer. Its attention is asked to load more tiles ahead than a multiprocessor holds."""
     kernels = kernel_specs.run_with_fake_driver("""[
-        tgm.LONG_WINDOW_KERNEL.update(fwd_num_stages=6), compile_generated(tgm.Config(
+        tgm.LONG_WINDOW_KERNEL.update(fwd_num_stages=7), compile_generated(tgm.Config(
             layers=(tgm.Layer(long_window=True),), backout_from=0, num_heads=1, vocab_size=256, doc_token=255,
             seq_len=1024, val_seq_len=1024, coordinate_descent_tuning=False), world_sizes=(1,))][1]""")
     assert {k.phase for k in kernels} >= {"validation", "updates-1-rank"}
@@ -232,6 +232,7 @@ def test_generated_kernels_compile_for_an_h100_that_is_not_there():
     assert {k.name.split("_")[1] for k in kernels} == {"poi", "per", "red", "tem"}  # the kinds of Inductor's kernels
     attention = [k for k in kernels if "flex_attention" in k.name and k.phase == "validation"]
     assert [k.config for k in attention] == ["BLOCK_M=128,BLOCK_N=64"]
+    assert attention[0].shared_bytes >= (128 + 7 * 2 * 64) * 128 * 2  # of q, and seven times k and v
     transposed = [k for k in kernels if "transpose" in k.name and k.phase == "updates-1-rank" and "YBLOCK" in k.config]
     assert len({k.config for k in transposed}) > 3  # each configuration that is tried
     with pytest.raises(tgm.UserError, match=rf"^{attention[0].name} \(BLOCK_M=128,BLOCK_N=64\) needs 2[\d,]+ bytes"):
