@@ -32,6 +32,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from functools import partial, partialmethod
 from itertools import chain, count, islice
 from pathlib import Path
@@ -1731,7 +1732,9 @@ def main(config: Run, resume_from: str | None = None) -> float:
     train_shards, val_shard = find_shards(config)
     on_gpu = world.device.type == "cuda"
     if world.size > 1:
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=world.device if on_gpu else None)
+        # NCCL's own 10 minutes end the run where one rank's compiler cache is empty and the others' are not.
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=world.device if on_gpu else None,
+                                timeout=timedelta(hours=1))
     saved, checkpoints, resumed = dict(step=0, seconds=0.0, seed=draw_seed(config, world)), None, ""
     if config.checkpoint_every or config.checkpoint_minutes or resume_from:
         checkpoints = Checkpoints(config, source, [*train_shards, val_shard], run_id, saved["seed"], world)

@@ -1,13 +1,15 @@
 """What is compiled before the clock starts, and that nothing is after. The backend counts and compiles nothing."""
 import re
+from datetime import timedelta
 from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._dynamo.utils import counters
 
 import train_gpt_medium as tgm
-from helpers import ALONE, CPU, TRAINER, as_window, random_ids, randomise, small_config
+from helpers import ALONE, CPU, TRAINER, as_window, random_ids, randomise, small_config, write_text_folder
 
 # One layer of each kind, and a second one of the first: long and short windows, with and without value embeddings.
 LAYERS = (tgm.Layer(value_embed=0, long_window=True), tgm.Layer(value_embed=0), tgm.Layer(),
@@ -75,6 +77,24 @@ def test_progress_shows_every_compilation_on_rank_0(capsys):
         square(torch.ones(2, 2))  # not announced any more
         shown = r"warm-up: compilation 1 begins after \d+ s\n" if rank == 0 else ""
         assert re.fullmatch(shown, capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("device, backend", [("cpu", "gloo"), ("cuda:1", "nccl")])
+def test_ranks_wait_for_one_that_compiles_for_long(tmp_path, monkeypatch, device, backend):
+    """NCCL's default is 10 minutes, gloo's 30. A group that is bound to its GPU connects at once."""
+    given, device = {}, torch.device(device)
+
+    def init(name, **options):
+        given.update(options, backend=name)
+        raise tgm.UserError("begun")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tgm, "find_world", lambda _: tgm.World(1, 2, device))
+    monkeypatch.setattr(dist, "init_process_group", init)
+    with pytest.raises(tgm.UserError, match="begun"):
+        tgm.main(write_text_folder(tmp_path, small_config(num_slices=2)))
+    assert given.pop("timeout") > timedelta(minutes=30)
+    assert given == dict(backend=backend, device_id=device if backend == "nccl" else None)
 
 
 @pytest.mark.parametrize("whole", [True, False])
