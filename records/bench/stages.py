@@ -123,7 +123,7 @@ def call(*command, cwd: Path = ROOT, **environment: str) -> list[tuple[float, st
 
 def last_words(lines: list[str]) -> str:
     """The error that a process ended with, or its last line."""
-    said = [line.strip() for line in lines if line.strip()] or ["it printed nothing"]
+    said = [words for line in lines if (words := line.strip(" ="))] or ["it printed nothing"]
     error = re.compile(r"(\[rank\d+\]:\s*)?[\w.]+(Error|Exception): ")
     return next((line for line in reversed(said) if error.match(line)), said[-1])
 
@@ -217,7 +217,7 @@ def gpu_tests(job: Job) -> None:
     def run(name: str, *options: str) -> str:
         file = f"tests/properties/{name}.py"
         *_, (_, last) = call("-m", "pytest", file, "-v", "--tb=short", "-p", "no:cacheprovider", *options)
-        return f"{name}: {last.strip(' =')}"
+        return f"{name}: {last_words([last])}"
 
     says = attempt(partial(run, "test_gpu"), partial(run, "test_kernels", *["-k", "embedding"] * job.tiny))
     job.keep(says="; ".join(says))
