@@ -111,12 +111,14 @@ def add_planning_commands(commands) -> None:
                          help="a new folder for scripts, logs and consoles (default: logs/campaign-DATE-TIME)")
 
     filing = add_command(commands, "new", lambda args: new.new(
-        args.name, args.date, args.logs, args.baseline, args.what, args.json),
+        args.name, args.date, args.logs, args.baseline, args.what, args.json, experiment=args.experiment),
         "make records/DATE_NAME from finished logs, with tables and figures; refresh the leaderboard; check")
     filing.add_argument("name", metavar="NAME")
     filing.add_argument("--logs", type=Path, nargs="+", required=True, help="logs or folders: all runs")
     filing.add_argument("--baseline", type=Path, nargs="+", default=[], help="logs or folders of the baseline")
     filing.add_argument("--what", required=True, help="what changed and why: the README's first section")
+    filing.add_argument("--experiment", action="store_true", help="not of the record's task: make it in "
+                        "records/experiments, apart from the leaderboard")
     filing.add_argument("--date", default=time.strftime("%Y-%m-%d"), help="YYYY-MM-DD (default: today)")
 
 

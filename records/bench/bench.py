@@ -7,7 +7,9 @@
     python records/bench/bench.py --kernels            # each hand-written kernel against a library's or plain version
     python records/bench/bench.py --optimizer          # a rank's step against the frozen optimizer's, alone and of 8
     python records/bench/bench.py --sweep-attention    # FlexAttention's block sizes, warps and stages
+    python records/bench/bench.py --choose FILE        # the script's two dictionaries of them, from a sweep's results
 
+With --json, what is measured lies in the file as it comes, so that a killed run leaves it.
 Without a GPU the first command counts instead of timing: FLOPs, saved activations, registers, bytes per kernel.
 """
 import argparse
@@ -17,6 +19,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -38,10 +41,10 @@ from torch.nn.attention.flex_attention import flex_attention
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import helpers  # noqa: E402
 import plain_optimizer  # noqa: E402
 import plain_twin  # noqa: E402
 import train_gpt_medium as tgm  # noqa: E402
+from stages import write_json  # noqa: E402
 from step_model import gemm_tflop  # noqa: E402
 
 # Long windows, in blocks, that stand for the run, and the share of its steps that each stands for.
@@ -50,6 +53,7 @@ SIDES = ("ours", "plain", "baseline")  # the baseline is the record without Smea
 DATA_SEED = 77  # of the first hundred, the slice whose attention at window 14 comes closest to the run's 10.0 TFLOP
 WARM_STEPS, LOAD_SECONDS = 10, 5  # the load brings clocks and temperature to where a run holds them
 ROUNDS, BLOCK_STEPS = 4, 5  # each round is the blocks A B B A
+HEAD_START = 10**7  # cycles that the GPU sleeps before a block, about 5 ms: launches are then not what is timed
 PROFILED_STEPS = 3
 NOISE = 0.005  # differences below this share of a step are noise
 KERNEL_BYTES = ROOT / "records" / "bench" / "kernel_bytes.json"
@@ -66,6 +70,8 @@ GROUP_PATTERNS = {
     "elementwise and norms": r"^triton_|elementwise|reduce_kernel",
 }
 
+# What the script's LONG_ and SHORT_WINDOW_KERNEL are until a sweep decides. A token sees itself, so no row is empty.
+SWEPT_WINDOWS = {"LONG_WINDOW_KERNEL": 14, "SHORT_WINDOW_KERNEL": 7}  # in the middle of the run
 # Forward: BLOCK_M, BLOCK_N, stages, warps. Backward: BLOCK_M1, BLOCK_N1, BLOCK_M2, BLOCK_N2, stages, warps.
 FORWARD_BLOCKS = ((128, 128, 2, 8), (128, 128, 1, 8), *((128, 64, stages, warps) for stages in (2, 3, 4)
                   for warps in (4, 8)), (64, 64, 3, 4), (64, 128, 3, 4))
@@ -92,6 +98,11 @@ def real_looking_ids(num_tokens: int, config: tgm.Config, seed: int) -> Tensor:
     ids = words[rng.choice(len(words), num_tokens, p=frequency / frequency.sum())]
     ids[starts[starts < num_tokens]] = config.doc_token
     return torch.from_numpy(ids)
+
+
+def as_window(blocks: int, device: torch.device) -> Tensor:
+    """The model's window_blocks."""
+    return torch.tensor(blocks, dtype=torch.int32, device=device)
 
 
 def one_slice(config: tgm.Config, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -160,6 +171,7 @@ def interleave(calls: dict[str, Callable[[], list]], rounds: int, block: int) ->
     times = {name: [] for name in calls}
     for _ in range(rounds):
         for name in (*calls, *reversed(calls)):
+            torch.cuda._sleep(HEAD_START)
             recorded = [calls[name]() for _ in range(block)]
             torch.cuda.synchronize()
             times[name] += [[a.elapsed_time(b) for a, b in pairwise(events)] for events in recorded]
@@ -212,7 +224,7 @@ def step_memory(model: nn.Module, ids: Tensor, targets: Tensor, window: Tensor) 
 
 def compare_sides(sides: list[Side], ids: Tensor, targets: Tensor, window_blocks: int) -> dict:
     """The protocol at one window: warm steps, sustained load, then the rounds; prints a row per side."""
-    window = helpers.as_window(window_blocks).to(ids.device)
+    window = as_window(window_blocks, ids.device)
     calls = {side.name: partial(step, side.model, ids, targets, window) for side in sides}
     warm_up(calls)
     before = clocks_under(calls[sides[0].name])
@@ -249,7 +261,7 @@ def optimizer_call(optimizer, grads: list[Tensor], step: int) -> list[torch.cuda
     return record(partial(optimizer.step, step))
 
 
-def time_optimizers(config: tgm.Config, device: torch.device) -> dict:
+def time_optimizers(config: tgm.Config, device: torch.device, save: Callable[[dict], None]) -> None:
     """An inner step of the trainer's optimizer and of the frozen one, on one rank alone and on one of eight.
 
     The eight are emulated: everything a rank computes, nothing of what travels. GB: states and what a step adds.
@@ -279,12 +291,12 @@ def time_optimizers(config: tgm.Config, device: torch.device) -> dict:
         ratio = rows["ours"]["median"] / rows["frozen"]["median"]
         print(f"{'':6} ours/frozen {ratio:.4f}", flush=True)
         results[size] = {"optimizers": rows, "ratio": ratio}
+        save({"ranks": results})
     torch.distributed.destroy_process_group()
-    return {"ranks": results}
 
 
 def run_comparison(names: list[str], windows: list[int], profile: str | None, config: tgm.Config,
-                   device: torch.device) -> dict:
+                   device: torch.device, save: Callable[[dict], None]) -> None:
     """A against B at each window, then the profiles asked for."""
     ids, targets = one_slice(config, device)
     sides = make_sides(names, config, device)
@@ -295,16 +307,20 @@ def run_comparison(names: list[str], windows: list[int], profile: str | None, co
           f"trainer computes the head's gradients in its forward pass, the twin in its backward.")
     print(f"{'window':>6}", *(f"{title:>9}" for title in (
         "side", "forward", "backward", "sum", "25 %", "75 %", "saved", "peak")))
-    results = {blocks: compare_sides(sides, ids, targets, blocks) for blocks in windows}
-    totals = [sum(WINDOW_WEIGHTS[w] * result["sides"][name]["sum_ms"]["median"] for w, result in results.items())
-              for name in names]
-    print(f"{names[0]}/{names[1]}, windows weighted as in the run: {totals[0] / totals[1]:.4f}")
+    results = {"config": asdict(config), "windows": {}}
+    for blocks in windows:
+        results["windows"][blocks] = compare_sides(sides, ids, targets, blocks)
+        save(results)
+    if WINDOW_WEIGHTS.keys() <= set(windows):
+        totals = [sum(weight * results["windows"][w]["sides"][name]["sum_ms"]["median"]
+                      for w, weight in WINDOW_WEIGHTS.items()) for name in names]
+        print(f"{names[0]}/{names[1]}, windows weighted as in the run: {totals[0] / totals[1]:.4f}")
+        save(results | {"weighted_ratio": totals[0] / totals[1]})
     for side in sides if profile else ():
         kernels = profile_side(side, ids, targets, windows[0])
         write_json(f"{profile}.{side.name}.json",
                    environment() | {"side": side.name, "window": windows[0], "kernels": kernels})
         print_profile(f"{side.name}, window {windows[0]}", kernels)
-    return {"config": asdict(config), "windows": results, "weighted_ratio": totals[0] / totals[1]}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -334,7 +350,7 @@ def tabulate(events: Iterable, num_steps: int, head_rows: int) -> list[dict]:
 
 
 def profile_side(side: Side, ids: Tensor, targets: Tensor, window_blocks: int) -> list[dict]:
-    window = helpers.as_window(window_blocks).to(ids.device)
+    window = as_window(window_blocks, ids.device)
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
         for _ in range(PROFILED_STEPS):
@@ -454,7 +470,7 @@ def kernel_cases(config: tgm.Config, device: torch.device) -> Iterator[tuple[str
         "aten, a table at a time": lambda: [backward(grad, ids, vocab_size, -1, False) for grad in grads]}
 
 
-def time_kernels(config: tgm.Config, device: torch.device) -> dict:
+def time_kernels(config: tgm.Config, device: torch.device, save: Callable[[dict], None]) -> None:
     """Every hand-written kernel against what it replaces; a GEMM of ours must stay within 6 % of the library's."""
     results = {}
     print(f"{'':38}", *(f"{title:>9}" for title in ("ms", "25 %", "75 %", "ours/this", "rate")))
@@ -468,53 +484,94 @@ def time_kernels(config: tgm.Config, device: torch.device) -> dict:
             print(f"{name:38}", *(f"{number:9.3f}" for number in numbers), f"{work / row['median'] * 1e3:9.0f} {unit}",
                   flush=True)
         results[ours] = {"unit": unit, "work": work, "versions": rows}
-    return {"kernels": results}
+        save({"kernels": results})
 
 
 def attention_options() -> Iterator[dict]:
-    """FlexAttention's defaults, then one change at a time."""
+    """Torch's defaults, then one change at a time."""
     yield {}
-    yield {"ROWS_GUARANTEED_SAFE": True}  # true here: every query may attend to itself
-    yield {"USE_TMA": True}
-    for blocks in FORWARD_BLOCKS:
-        yield dict(zip(("fwd_BLOCK_M", "fwd_BLOCK_N", "fwd_num_stages", "fwd_num_warps"), blocks))
-    for blocks in BACKWARD_BLOCKS:
-        yield dict(zip(("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2", "bwd_num_stages",
-                        "bwd_num_warps"), blocks))
+    # Safe only where a tile holds all keys of a block: a query's first tile must hold a key that it may attend to.
+    yield {"fwd_ROWS_GUARANTEED_SAFE": True, "fwd_BLOCK_N": 128, "fwd_num_stages": 2}
+    for side, names, choices in (("fwd", ("BLOCK_M", "BLOCK_N", "num_stages", "num_warps"), FORWARD_BLOCKS),
+                                 ("bwd", ("BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2", "num_stages", "num_warps"),
+                                  BACKWARD_BLOCKS)):
+        yield {f"{side}_USE_TMA": True}
+        for blocks in choices:
+            yield {f"{side}_{name}": value for name, value in zip(names, blocks)}
 
 
-def time_attention(options: dict, qkv: tuple[Tensor, ...], dy: Tensor, mask, scale: float) -> tuple[float, float] | str:
-    """Median ms of forward and backward, or why this configuration does not run."""
+def time_attention(options: dict, qkv: tuple[Tensor, ...], dy: Tensor, masks: Iterable, scale: float) -> list[dict]:
+    """For each mask, the options with median ms of forward and backward, or why they do not run."""
     torch._dynamo.reset()  # every configuration is a recompilation, and eight of them are the limit
-    attend = torch.compile(flex_attention, dynamic=False, fullgraph=True)
-    call = partial(record, lambda: attend(*qkv, block_mask=mask, scale=scale, kernel_options=options),
-                   lambda y: torch.autograd.grad(y, qkv, dy))
-    try:
-        interleave({"": call}, rounds=1, block=BLOCK_STEPS)
-        forward_ms, backward_ms = np.median(interleave({"": call}, ROUNDS, BLOCK_STEPS)[""], axis=(0, 1)).tolist()
-    except Exception as error:  # torch names no common class for what does not fit or does not compile
-        return f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
-    return forward_ms, backward_ms
+    attend, rows = torch.compile(flex_attention, dynamic=False, fullgraph=True), []
+    for mask in masks:
+        call = partial(record, lambda: attend(*qkv, block_mask=mask, scale=scale, kernel_options=options),
+                       lambda y: torch.autograd.grad(y, qkv, dy))
+        try:
+            interleave({"": call}, rounds=1, block=BLOCK_STEPS)
+            ms = np.median(interleave({"": call}, ROUNDS, BLOCK_STEPS)[""], axis=(0, 1)).tolist()
+            rows.append({"options": options, "forward_ms": ms[0], "backward_ms": ms[1]})
+        except Exception as error:  # torch names no common class for what does not fit or does not compile
+            failed = f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
+            rows.append({"options": options, "failed": failed})
+    return rows
 
 
-def sweep_attention(config: tgm.Config, device: torch.device) -> dict:
+def ms_of(row: dict, phases: tuple[str, ...] = ("forward", "backward")) -> float:
+    return math.inf if "failed" in row else sum(row[f"{phase}_ms"] for phase in phases)
+
+
+def best_of_both(rows: list[dict]) -> dict:
+    """The fastest forward's options with the fastest backward's; the first row's where they win no more than noise."""
+    untuned, chosen = rows[0], {}
+    for phase, prefix, other in (("forward", "fwd_", "bwd_"), ("backward", "bwd_", "fwd_")):
+        fastest = min(rows, key=lambda row: ms_of(row, (phase,)))
+        wins = ms_of(fastest, (phase,)) < (1 - NOISE) * ms_of(untuned, (phase,))
+        chosen |= {name: value for name, value in (fastest if wins else untuned)["options"].items()
+                   if not name.startswith(other)}
+    return chosen
+
+
+def sweep_attention(config: tgm.Config, device: torch.device, save: Callable[[dict], None]) -> None:
     """FlexAttention's options for a long-window and a short-window call, fastest first."""
     ids, _ = one_slice(config, device)
-    windows = 14, 7
-    masks = tgm.block_masks(ids, tuple(helpers.as_window(w).to(device) for w in windows), config.doc_token)
+    masks = tgm.block_masks(ids, tuple(as_window(w, device) for w in SWEPT_WINDOWS.values()), config.doc_token)
     shape = (1, config.seq_len, config.num_heads, config.head_dim)
     *qkv, dy = (torch.randn(shape, device=device, dtype=config.dtype).transpose(1, 2) for _ in range(4))
     qkv = tuple(x.requires_grad_() for x in qkv)
-    results = {}
-    for window_blocks, mask in zip(windows, masks):
-        timed = [(options, time_attention(options, qkv, dy, mask, config.attention_scale))
-                 for options in attention_options()]
-        print(f"\nwindow {window_blocks}: forward, backward, sum in ms")
-        for options, ms in sorted(timed, key=lambda row: math.inf if isinstance(row[1], str) else sum(row[1])):
-            times = f"failed: {ms}" if isinstance(ms, str) else "".join(f"{x:8.3f}" for x in (*ms, sum(ms)))
-            print(f"{times}  {options or 'defaults'}", flush=True)
-        results[window_blocks] = timed
-    return {"attention": results}
+    swept: list[list[dict]] = [[] for _ in masks]
+
+    def add(options: dict, numbers: Iterable[int]) -> None:
+        for number, row in zip(numbers, time_attention(options, qkv, dy, [masks[i] for i in numbers],
+                                                       config.attention_scale)):
+            swept[number].append(row)
+        save({"attention": {window: {"best": min(rows, key=ms_of), "candidates": rows}
+                            for window, rows in zip(SWEPT_WINDOWS.values(), swept) if rows}})
+
+    for options in attention_options():
+        add(options, range(len(masks)))
+    for number, rows in enumerate(swept):
+        if (chosen := best_of_both(rows)) not in [row["options"] for row in rows]:
+            add(chosen, [number])
+    for window, rows in zip(SWEPT_WINDOWS.values(), swept):
+        print(f"\nwindow {window}: forward, backward, sum in ms")
+        for row in sorted(rows, key=ms_of):
+            times = "".join(f"{ms:8.3f}" for ms in (ms_of(row, ("forward",)), ms_of(row, ("backward",)), ms_of(row)))
+            print(f"failed: {row['failed']}" if "failed" in row else times, row["options"] or "defaults", sep="  ")
+
+
+def print_choice(path: str) -> None:
+    """The script's two dictionaries, to paste, as the sweep in `path` chooses them. Raises UserError if it is none."""
+    try:
+        content = json.loads(Path(path).read_text())
+        attention = content["stages"]["e"]["result"]["attention"] if "stages" in content else content["attention"]
+        print(f"# by a sweep on {content['gpu']}, torch {content['torch']}")
+        for name, window in SWEPT_WINDOWS.items():
+            best, (untuned, *_) = attention[str(window)]["best"], attention[str(window)]["candidates"]
+            print(f"# window {window}: {ms_of(best):.3f} ms, untuned {ms_of(untuned):.3f}")
+            print(textwrap.fill(f"{name} = {best['options']}", 120, subsequent_indent=" " * (len(name) + 4)))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise tgm.UserError(f"{path} holds no sweep: make one with --sweep-attention --json FILE.") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -543,7 +600,7 @@ def saved_bytes_per_token(model: nn.Module, ids: Tensor, targets: Tensor) -> flo
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(ids, targets, helpers.as_window(2).to(ids.device))
+        model(ids, targets, as_window(2, ids.device))
     return sum(storage.nbytes() for storage in storages.values()) / len(ids)
 
 
@@ -582,6 +639,7 @@ def print_counts(windows: list[int], config: tgm.Config) -> None:
     print(f"  {BODY:24} {sum(tflop.values()) - tflop['head']:6.1f} ({body})\n  {HEAD:24} {tflop['head']:6.1f}")
     for blocks in windows:
         print(f"  {f'attention, window {blocks}':24} {attention_tflop(ids, blocks, config):6.1f} (this slice's tiles)")
+    import helpers  # imports pytest, which no measurement needs
     small = helpers.small_config(seq_len=512)
     ids, targets = one_slice(small, torch.device("cpu"))
     ours, twin = (saved_bytes_per_token(model(small), ids, targets) for model in (tgm.GPT, plain_twin.GPT))
@@ -601,22 +659,21 @@ def environment() -> dict[str, str]:
             "torch": torch.__version__, "triton": triton.__version__, "driver": ask_nvidia_smi("driver_version")}
 
 
-def write_json(path: str, content: dict) -> None:
-    """Complete or not at all."""
-    unfinished = Path(f"{path}.unfinished")
-    unfinished.write_text(json.dumps(content, indent=1, default=str))
-    os.replace(unfinished, path)
-
-
 def choose(sides: str, windows: str) -> tuple[list[str], list[int]]:
-    """The two sides and the windows that the command line names; only the protocol's windows have weights."""
-    names, known = sides.split(","), [str(blocks) for blocks in WINDOW_WEIGHTS]
+    """The two sides and the windows that the command line names."""
+    names, known = sides.split(","), [str(blocks) for blocks in range(1, 28)]
     if len(names) != 2 or names[0] == names[1] or set(names) - set(SIDES):
         raise tgm.UserError(f"--sides {sides}: give two different names of {', '.join(SIDES)}, with a comma between.")
-    chosen = known if windows == "all" else windows.split(",")
-    if set(chosen) - set(known):
-        raise tgm.UserError(f"--windows {windows}: give all, or some of {','.join(known)}.")
-    return names, [int(blocks) for blocks in chosen]
+    if windows == "all":
+        return names, [*WINDOW_WEIGHTS]
+    if set(windows.split(",")) - set(known):
+        raise tgm.UserError(f"--windows {windows}: give all, or some of 1 to 27 with commas between.")
+    return names, [int(blocks) for blocks in windows.split(",")]
+
+
+def full_size() -> tuple[tgm.Config, torch.device]:
+    """What is timed, and where."""
+    return tgm.Config(), torch.device("cuda")
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -629,6 +686,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     mode.add_argument("--kernels", action="store_true", help="time the hand-written kernels by themselves")
     mode.add_argument("--optimizer", action="store_true", help="time the optimizer's step of one rank, alone and of 8")
     mode.add_argument("--sweep-attention", action="store_true", help="time FlexAttention's configurations")
+    mode.add_argument("--choose", metavar="FILE", help="print the options that a sweep's results choose, to paste")
     mode.add_argument("--diff", nargs=2, metavar=("BEFORE", "AFTER"), help="compare two profiles")
     return parser.parse_args(arguments)
 
@@ -638,6 +696,9 @@ def main(arguments: list[str]) -> None:
     options = parse_arguments(arguments)
     if options.diff:
         print_diff(*(read_profile(path) for path in options.diff))
+        return
+    if options.choose:
+        print_choice(options.choose)
         return
     names, windows = choose(options.sides, options.windows)
     if not torch.cuda.is_available():
@@ -653,18 +714,21 @@ def main(arguments: list[str]) -> None:
             raise tgm.UserError(f"{path} cannot be written: its folder does not exist.")
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as in a run
     torch._inductor.config.coordinate_descent_tuning = False  # minutes of compilation, and another result every time
-    config, device, facts = tgm.Config(), torch.device("cuda"), environment()
+    (config, device), facts = full_size(), environment()
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
+
+    def save(results: dict) -> None:
+        if options.json:
+            write_json(options.json, facts | results)
+
     if options.kernels:
-        results = time_kernels(config, device)
+        time_kernels(config, device, save)
     elif options.optimizer:
-        results = time_optimizers(config, device)
+        time_optimizers(config, device, save)
     elif options.sweep_attention:
-        results = sweep_attention(config, device)
+        sweep_attention(config, device, save)
     else:
-        results = run_comparison(names, windows, options.profile, config, device)
-    if options.json:
-        write_json(options.json, facts | results)
+        run_comparison(names, windows, options.profile, config, device, save)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,18 @@ def test_mask_is_the_definition(layout, w):
     mask, = tgm.block_masks(ids, (as_window(w),), 7)
     ours = tgm.dense_mask(mask)
     assert torch.equal(ours, mask_by_definition(ids.tolist(), 7, w))
-    assert ours.diagonal().all()  # no query without a key: ROWS_GUARANTEED_SAFE
+    assert ours.diagonal().all()  # no query without a key
+
+
+@pytest.mark.parametrize("options", [tgm.LONG_WINDOW_KERNEL, tgm.SHORT_WINDOW_KERNEL])
+def test_rows_are_called_safe_only_if_their_first_tile_is(options):
+    """The sum over keys begins with the first tile of a query's own block: of nothing but masked keys it is NaN."""
+    ids = torch.zeros(256, dtype=torch.int32)
+    ids[80] = 7
+    mask, = tgm.block_masks(ids, (as_window(2),), 7)
+    assert (mask.kv_indices[0, 0, :, 0] == torch.arange(2)).all()
+    tile = options.get("fwd_BLOCK_N", 64)  # torch's own for an H100
+    assert tgm.dense_mask(mask)[:128, :tile].any(1).all() or not any("ROWS_GUARANTEED_SAFE" in name for name in options)
 
 
 BLOCK_LISTS = [(f"{kind}_num_blocks", f"{kind}_indices") for kind in ("kv", "full_kv", "q", "full_q")]
@@ -75,8 +86,11 @@ def test_block_lists_are_the_sorted_ones(seed, num_blocks):
 
 @pytest.mark.parametrize("preset", tgm.PRESETS)
 def test_long_and_short_layers_use_their_windows(preset, monkeypatch):
+    """And the options that the script has for them, which may differ."""
     config, seen, attend = small_config(preset, seq_len=1024), [], tgm.attend
     monkeypatch.setattr(tgm, "attend", lambda *args: seen.append(args[3:]) or attend(*args))
+    monkeypatch.setattr(tgm, "LONG_WINDOW_KERNEL", {"fwd_BLOCK_M": 64})
+    monkeypatch.setattr(tgm, "SHORT_WINDOW_KERNEL", {"fwd_BLOCK_M": 128})
     ids = torch.zeros(1024, dtype=torch.int32)
     config.make_model().latents(ids, as_window(5))
     long_mask, short_mask = (mask_by_definition(ids.tolist(), 256, w) for w in (5, 5 // config.short_window_divisor))

@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import train_gpt_medium as tgm
-from helpers import ALONE, CPU, as_window, random_ids, randomise, small_config
+from helpers import ALONE, CPU, TRAINER, as_window, random_ids, randomise, small_config
 
 # One layer of each kind, and a second one of the first: long and short windows, with and without value embeddings.
 LAYERS = (tgm.Layer(value_embed=0, long_window=True), tgm.Layer(value_embed=0), tgm.Layer(),
@@ -52,6 +52,20 @@ def test_every_layer_may_be_a_kind_of_its_own(monkeypatch):
     assert counters["stats"]["unique_graphs"] == 5
 
 
+def test_an_edited_operation_has_graphs_of_its_own_in_the_caches(tmp_path, monkeypatch):
+    """And an edited recipe keeps those it has: torch would return the graph of the operation as it was."""
+    source, tags = TRAINER.read_text(), []
+    for old, new in ((source, source), ("Muon(lr=0.03", "Muon(lr=0.04"),
+                     ("len(logits), dtype=torch.float32)", "len(logits), dtype=torch.bfloat16)")):
+        assert old in source
+        (tmp_path / "edited.py").write_text(source.replace(old, new))
+        monkeypatch.setattr(tgm, "__file__", str(tmp_path / "edited.py"))
+        monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
+        tgm.compile_model(make_model(), whole=True, backend="aot_eager")
+        tags.append(torch.compiler.config.cache_key_tag)
+    assert tags[0] == tags[1] != tags[2]
+
+
 def test_progress_shows_every_compilation_on_rank_0(capsys):
     for rank in (0, 1):
         torch._dynamo.reset()
@@ -78,13 +92,19 @@ def test_regions_compute_the_model_bit_for_bit(whole):
         assert torch.equal(eager, ours)
 
 
-def test_blocks_of_a_kind_share_code_with_block_masks(monkeypatch):
+# The script's options, and tuned ones: where they differ, blocks with a value embedding are of two kinds.
+@pytest.mark.parametrize("long_window, short_window, kinds", [
+    (tgm.LONG_WINDOW_KERNEL, tgm.SHORT_WINDOW_KERNEL, 3 + (tgm.LONG_WINDOW_KERNEL != tgm.SHORT_WINDOW_KERNEL)),
+    ({"fwd_BLOCK_M": 64}, {"fwd_BLOCK_M": 64}, 3), ({"fwd_BLOCK_M": 64}, {"fwd_BLOCK_M": 128, "bwd_num_warps": 8}, 4)])
+def test_blocks_of_a_kind_share_code_with_block_masks(monkeypatch, long_window, short_window, kinds):
     """What a GPU compiles: FlexAttention with masks built outside the region, new ones in every step."""
     monkeypatch.setattr(tgm, "dense_mask", lambda mask: mask)
+    monkeypatch.setattr(tgm, "LONG_WINDOW_KERNEL", long_window)
+    monkeypatch.setattr(tgm, "SHORT_WINDOW_KERNEL", short_window)
     model = make_model()
     tgm.compile_model(model, whole=False, backend="aot_eager")
     with torch.no_grad():
         for step in range(3):
             model.latents(random_ids(256, model.config, step), as_window(step + 1))
     # Long and short windows differ in nothing that a graph holds while their kernel options are equal.
-    assert counters["stats"]["unique_graphs"] == 2 + 3 + (tgm.LONG_WINDOW_KERNEL != tgm.SHORT_WINDOW_KERNEL)
+    assert counters["stats"]["unique_graphs"] == 2 + kinds

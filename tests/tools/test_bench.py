@@ -12,8 +12,10 @@ from torch.autograd import DeviceType
 
 import bench
 import helpers
+import kernel_specs
 import plain_twin
 import plan
+import pretended_gpu as pretended_gpu_module
 import step_model
 import train_gpt_medium as tgm
 from helpers import CPU, small_config
@@ -166,8 +168,7 @@ def test_diff_is_printed_without_a_gpu(tmp_path, capsys):
     assert sorted(tmp_path.iterdir()) == paths  # nothing unfinished is left
 
 
-def test_blocks_run_in_the_order_a_b_b_a(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+def test_blocks_run_in_the_order_a_b_b_a(pretended_gpu):
     order = []
 
     def call(name):
@@ -185,59 +186,52 @@ def test_blocks_run_in_the_order_a_b_b_a(monkeypatch):
 
 @pytest.fixture
 def pretended_gpu(monkeypatch):
-    """Everything that only a GPU answers, by stubs: the clock goes on by 1 ms at every event, nothing is compiled."""
-    clock = iter(range(10 ** 6))
+    pretended_gpu_module.pretend(monkeypatch)
 
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
 
-        def record(self):
-            self.at = next(clock)
-
-        def elapsed_time(self, end):
-            return float(end.at - self.at)
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    for name in ("synchronize", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, lambda: None)
-    memory = {"memory_allocated": iter([10, 13] * 100), "max_memory_allocated": iter([15] * 100)}
-    for name, gb in memory.items():
-        monkeypatch.setattr(torch.cuda, name, lambda gb=gb: next(gb) * 10 ** 9)
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: None)
-    monkeypatch.setattr(bench, "environment", lambda: {"gpu": "none", "date": "today", "torch": "2.x"})
-    monkeypatch.setattr(bench, "ask_nvidia_smi", lambda fields: "1980 MHz")
-    for name, value in dict(WARM_STEPS=2, LOAD_SECONDS=0, ROUNDS=2, BLOCK_STEPS=1).items():
-        monkeypatch.setattr(bench, name, value)
+def run(folder, *arguments: str) -> dict:
+    """`main` with these arguments: the results in its file."""
+    path = folder / "results.json"
+    bench.main([*arguments, "--json", str(path)])
+    results = json.loads(path.read_text())
+    assert {name: results.pop(name) for name in pretended_gpu_module.FACTS} == pretended_gpu_module.FACTS
+    return results
 
 
 def test_comparison_reports_every_figure(pretended_gpu, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "profile_side", lambda side, *_: [kernel("nvjet_a", 7.0)])
-    config = small_config(layers=(tgm.Layer(value_embed=0, long_window=True), tgm.Layer(skip_from=0)), backout_from=0)
-    results = bench.run_comparison(["plain", "ours"], [3, 14], str(tmp_path / "p"), config, CPU)
+    results = run(tmp_path, "--sides", "plain,ours", "--windows", "3,27", "--profile", str(tmp_path / "p"))
     one = {"median": 1, "lower_quartile": 1, "upper_quartile": 1}
     side = {"forward_ms": one, "backward_ms": one, "sum_ms": {name: 2 for name in one}, "saved_gb": 3, "peak_gb": 5}
     window = {"sides": {"plain": side, "ours": side}, "ratio": 1, "ratio_by_round": [1, 1], "gpu_before": "1980 MHz",
               "gpu_after": "1980 MHz"}
-    assert results["windows"] == {3: window, 14: window}
-    assert results["weighted_ratio"] == 1
+    assert results.pop("windows") == {"3": window, "27": window}
+    assert results["config"]["seq_len"] == 256 and results.keys() == {"config"}
     for name in ("plain", "ours"):
         profile = json.loads((tmp_path / f"p.{name}.json").read_text())
         assert profile == {**bench.environment(), "side": name, "window": 3, "kernels": [kernel("nvjet_a", 7.0)]}
-    bench.write_json(tmp_path / "ab.json", results)
-    assert json.loads((tmp_path / "ab.json").read_text())["config"]["seq_len"] == 256
-    out = capsys.readouterr().out
-    assert "plain/ours 1.0000" in out
+    assert "plain/ours 1.0000" in capsys.readouterr().out
 
 
-def test_optimizers_are_compared_on_one_rank_and_on_one_of_eight(pretended_gpu, monkeypatch, capsys):
-    config, sent = small_config(), []
-    exchange = torch.distributed.all_to_all_single
+def test_windows_are_weighted_as_in_the_run_and_saved_as_they_come(pretended_gpu, monkeypatch, tmp_path, capsys):
+    """ours/baseline: the windows' ratios are 1 to 6, of a baseline that always takes a millisecond."""
+    saved, ratio = [], iter(range(1, 7))
+    monkeypatch.setattr(bench, "compare_sides", lambda sides, *_: {"sides": {
+        side.name: {"sum_ms": {"median": next(ratio) if side.name == "ours" else 1}} for side in sides}})
+    bench.run_comparison(["ours", "baseline"], [*bench.WINDOW_WEIGHTS], None, *bench.full_size(),
+                         lambda results: saved.append((len(results["windows"]), results.get("weighted_ratio"))))
+    weights = [*bench.WINDOW_WEIGHTS.values()]
+    weighted = sum(weight * n for n, weight in enumerate(weights, 1)) / sum(weights)
+    assert saved == [*((n, None) for n in range(1, 7)), (6, pytest.approx(weighted))]
+    assert f"weighted as in the run: {weighted:.4f}" in capsys.readouterr().out
+
+
+def test_optimizers_are_compared_on_one_rank_and_on_one_of_eight(pretended_gpu, monkeypatch, tmp_path, capsys):
+    sent, exchange = [], torch.distributed.all_to_all_single
     monkeypatch.setattr(torch.distributed, "all_to_all_single", lambda received, *args, **kwargs: (
         sent.append(torch.distributed.get_world_size()), exchange(received.zero_(), *args, **kwargs))[1])
-    ranks = bench.time_optimizers(config, CPU)["ranks"]
-    assert set(ranks) == {1, 8} and set(sent) == {8} and not torch.distributed.is_initialized()
+    ranks = run(tmp_path, "--optimizer")["ranks"]
+    assert set(ranks) == {"1", "8"} and set(sent) == {8} and not torch.distributed.is_initialized()
     for result in ranks.values():
         assert result["ratio"] == 1 and set(result["optimizers"]) == {"ours", "frozen"}
         for row in result["optimizers"].values():
@@ -246,9 +240,8 @@ def test_optimizers_are_compared_on_one_rank_and_on_one_of_eight(pretended_gpu, 
     assert capsys.readouterr().out.count("ours/frozen 1.0000") == 2
 
 
-def test_kernels_are_compared_with_what_they_replace(pretended_gpu, capsys):
-    config = small_config()
-    results = bench.time_kernels(config, CPU)["kernels"]
+def test_kernels_are_compared_with_what_they_replace(pretended_gpu, tmp_path, capsys):
+    results, config = run(tmp_path, "--kernels")["kernels"], small_config()
     assert {name: len(row["versions"]) for name, row in results.items()} == {
         "mlp_up": 3, "mlp_down_grad": 2, "cross_entropy": 2, "embedding_grad": 2,
         "symmetric_product, 4 matrices": 2, "symmetric_product, 32 matrices": 2,
@@ -260,34 +253,49 @@ def test_kernels_are_compared_with_what_they_replace(pretended_gpu, capsys):
     assert capsys.readouterr().out.count("1.000") >= 17 * 4
 
 
-def test_a_configuration_that_fails_is_a_row_of_the_sweep(pretended_gpu, monkeypatch, capsys):
-    monkeypatch.setattr(tgm, "block_masks", lambda ids, window, doc_token: (None, None), raising=False)
-
-    def attention(q, k, v, block_mask, scale, kernel_options):
-        if kernel_options.get("fwd_BLOCK_M") == 64:
-            raise RuntimeError("out of resource\nand more")
-        return q * k * v * scale
-
-    monkeypatch.setattr(bench, "flex_attention", attention)
-    results = bench.sweep_attention(small_config(), CPU)["attention"]
-    failed = "RuntimeError: out of resource"
-    assert [len(rows) for rows in results.values()] == [3 + 10 + 6] * 2
-    assert sum(ms == failed for _, ms in results[14]) == 2 and sum(ms == (1, 1) for _, ms in results[7]) == 17
+def test_a_configuration_that_fails_is_a_row_of_the_sweep(pretended_gpu, tmp_path, capsys):
+    sweep = run(tmp_path, "--sweep-attention")["attention"]
+    assert [*sweep] == ["14", "7"]
+    for swept in sweep.values():
+        times = [(row.get("forward_ms"), row.get("backward_ms"), row.get("failed")) for row in swept["candidates"]]
+        failed = (None, None, "RuntimeError: out of resource")
+        assert len(times) == 2 + 11 + 7 and times.count(failed) == 2 and times.count((1, 1, None)) == 18
+        assert swept["best"] == {"options": {}, "forward_ms": 1, "backward_ms": 1}
     lines = capsys.readouterr().out.splitlines()
-    assert sum(line.startswith(f"failed: {failed}  ") for line in lines) == 4 and lines[-1].startswith("failed")
+    assert sum(line.startswith(f"failed: {failed[2]}  ") for line in lines) == 4 and lines[-1].startswith("failed")
 
 
-def test_main_on_a_gpu_writes_results_and_refuses_what_it_could_not_write(pretended_gpu, monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(bench, "run_comparison", lambda names, windows, *_: {"names": names, "windows": windows})
-    path = tmp_path / "ab.json"
-    bench.main(["--sides", "ours,baseline", "--windows", "all", "--json", str(path)])
-    assert json.loads(path.read_text()) == {**bench.environment(), "names": ["ours", "baseline"],
-                                            "windows": list(bench.WINDOW_WEIGHTS)}
+def test_the_sweep_chooses_for_each_window_and_prints_what_to_paste(pretended_gpu, monkeypatch, tmp_path, capsys):
+    """Long windows win by a forward's and a backward's options, which are then timed together; short ones by noise."""
+    def time_attention(options, qkv, dy, masks, scale):
+        ms = [3.0 - (options.get("fwd_BLOCK_N") == 64) - (options.get("fwd_num_stages") == 4),
+              4.0 - (options.get("bwd_num_warps") == 8)]
+        return [{"options": options, "forward_ms": ms[0] if mask is masks[0] else 3 + 0.001 * ms[0],
+                 "backward_ms": ms[1] if mask is masks[0] else 4.0} for mask in masks]
+
+    monkeypatch.setattr(bench, "time_attention", time_attention)
+    sweep = run(tmp_path, "--sweep-attention")["attention"]
+    both = {
+        "fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_stages": 4, "fwd_num_warps": 4, "bwd_BLOCK_M1": 64,
+        "bwd_BLOCK_N1": 128, "bwd_BLOCK_M2": 128, "bwd_BLOCK_N2": 64, "bwd_num_stages": 2, "bwd_num_warps": 8}
+    assert sweep["14"]["best"] == sweep["14"]["candidates"][-1] == {"options": both, "forward_ms": 1, "backward_ms": 3}
+    assert both not in [row["options"] for row in sweep["7"]["candidates"]]
+    capsys.readouterr()
+    (tmp_path / "book.json").write_text(json.dumps({"gpu": "X", "torch": "2.x", "stages": {"e": {"result": {
+        "attention": sweep}}}}))
+    for file, gpu in (("results.json", "none"), ("book.json", "X")):
+        bench.main(["--choose", str(tmp_path / file)])
+        out = capsys.readouterr().out
+        exec(out, pasted := {})
+        assert pasted["LONG_WINDOW_KERNEL"] == both and max(map(len, out.splitlines())) <= 120
+        assert f"on {gpu}, torch 2.x" in out and "# window 14: 4.000 ms, untuned 7.000" in out
+
+
+def test_main_on_a_gpu_refuses_what_it_could_not_write(pretended_gpu, tmp_path):
     with pytest.raises(tgm.UserError, match="its folder does not exist"):
         bench.main(["--profile", str(tmp_path / "missing" / "p")])
     with pytest.raises(tgm.UserError, match="give it without --kernels"):
-        bench.main(["--profile", str(path), "--kernels"])
+        bench.main(["--profile", str(tmp_path / "p"), "--kernels"])
 
 
 @pytest.fixture
@@ -331,11 +339,12 @@ def test_what_cannot_be_counted_is_said(counted, monkeypatch, capsys):
 @pytest.mark.parametrize("arguments, sentence", [
     (["--sides", "ours,fast"], "--sides ours,fast: give two different names of ours, plain, baseline"),
     (["--sides", "ours,ours"], "--sides ours,ours: give two different names"),
-    (["--windows", "3,5"], "--windows 3,5: give all, or some of 3,7,11,14,17,23"),
+    (["--windows", "3,28"], "--windows 3,28: give all, or some of 1 to 27"),
     (["--kernels"], "--kernels needs a CUDA GPU"),
     (["--sweep-attention"], "--sweep-attention needs a CUDA GPU"),
     (["--profile", "x"], "--profile needs a CUDA GPU"),
     (["--json", "x.json"], "--json needs a CUDA GPU"),
+    (["--choose", bench.KERNEL_BYTES.__fspath__()], ".*kernel_bytes.json holds no sweep: make one with"),
     (["--diff", "missing.json", "missing.json"], "missing.json is not there or not a profile")])
 def test_bad_input_gets_a_sentence(arguments, sentence, counted):
     with pytest.raises(tgm.UserError, match="^" + sentence):
@@ -358,6 +367,39 @@ def test_the_readme_shows_the_modelled_step():
         assert table in readme
     ms, minutes = re.fullmatch(r"mean step (\d+) ms, ([\d.]+) minutes", summary).groups()
     assert f"{ms} ms in the mean, {minutes} minutes" in " ".join(readme.split())
+
+
+def test_a_table_of_kernels_counts_equal_ones_and_is_read_back():
+    spec = kernel_specs.CompiledKernel("validation", 4, 32, 0, 0, 1024, "XBLOCK=8,YBLOCK=4", "triton_poi_fused_add_3")
+    other = spec._replace(config="-", spill_store_bytes=8)
+    twice = [spec, spec._replace(name="triton_poi_fused_add_12")]
+    table = kernel_specs.format_table({"medium": [*twice, other], "short": [other]})
+    named = [k._replace(name="triton_poi_fused_add") for k in (spec, other)]
+    assert kernel_specs.read_table("date and versions\n\n" + table) == named
+    assert [line.split()[:2] for line in table.splitlines()] == [["medium", "short"], ["2", "0"], ["1", "1"]]
+
+
+@pytest.mark.parametrize("version", ["2.11", "2.13"])  # a rented machine's, the pinned one
+def test_every_kernel_of_a_run_has_been_compiled_for_an_h100(version):
+    folder = helpers.RECORDS / "bench"
+    text, readme = (folder / f"kernel_specs_{version}.txt").read_text(), (folder / "README.md").read_text()
+    assert f", torch {version}." in text.splitlines()[0]
+    kernels = kernel_specs.read_table(text)
+    kernel_specs.refuse_too_large(kernels)
+    by_hand = {k.name.split("(")[0] for k in kernels if k.phase == "hand-written"}
+    assert by_hand == {name for name in dir(tgm) if name.endswith("_kernel")}
+    assert {k.phase for k in kernels if "flex_attention" in k.name and k.name.startswith("triton_tem")} == {
+        "training-forward", "training-backward", "validation"}
+    assert {k.phase for k in kernels if k.name.startswith("triton_poi")} == {
+        "training-forward", "training-backward", "validation", "updates-1-rank", "updates-8-ranks"}
+    assert all(k.name in readme for k in kernels if k.spill_store_bytes + k.spill_load_bytes)
+
+
+@pytest.mark.parametrize("arguments, sentence", [(["shrt"], "'shrt' is not a preset"), (["short"], "a CUDA build")])
+def test_presets_that_cannot_be_compiled_get_a_sentence(monkeypatch, arguments, sentence):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(tgm.UserError, match=sentence):
+        kernel_specs.main(arguments)
 
 
 @pytest.mark.record

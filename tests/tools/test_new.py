@@ -1,5 +1,6 @@
 """records/new.py: a folder made of logs keeps every rule, and the leaderboard is the tool's own."""
 import gzip
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +47,25 @@ def test_a_new_folder_keeps_every_rule(records_folder, capsys):
     for path in folder.glob("figures/*.png"):
         assert f"(figures/{path.name})" in text
     assert "holds: every rule is kept" in capsys.readouterr().out
+
+
+def test_an_experiment_stays_apart_and_is_not_held_to_the_records_task(records_folder, tmp_path, capsys):
+    """Runs of another task: a loss above the target, on a CPU. Its other rules still count."""
+    before = (records_folder / "README.md").read_text()
+    runs = [replace(spec, gpus=(), loss=spec.loss + 2) for spec in logs.record_specs()]
+    for spec in runs:
+        logs.write_log(tmp_path / "runs", spec)
+    arguments = ("X", "2026-01-02", [tmp_path / "runs"], [], "A question.", True)
+    assert new.new(*arguments, records_folder, experiment=True) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["verdict"].startswith("an experiment: ") and "target" not in report["statistics"]
+    readme = (records_folder / "experiments" / "2026-01-02_X" / "README.md").read_text()
+    assert "| mean loss +- std (nats/token) | 4.918519" in readme and "2.92" not in readme
+    assert (records_folder / "README.md").read_text() == before
+    assert new.new(*arguments, records_folder) == 1  # as a record it would not hold
+    again = records_folder / "experiments" / "2026-01-02_X" / "again.txt"  # a run of the same seed
+    again.write_text(logs.log_text(replace(runs[0], loss=5.0)))
+    assert check.check(again.parent, check.Limits(), True) == 1
 
 
 def test_the_leaderboard_gets_a_row_and_keeps_the_others(records_folder):
