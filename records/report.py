@@ -120,11 +120,10 @@ def claim_of_target(group: Group) -> str:
 def claims_of_difference(a: Group, b: Group, r: dict) -> list[str]:
     """Loss, steps at equal loss, and time of B against A, whatever their signs."""
     loss, seconds = Interval(**r["loss_difference"]), Interval(**r["seconds_difference"])
-    way = "below" if loss.value < 0 else "above"
-    ends = f"B ends {abs(loss.value):.6f} nats/token {way} A"
-    claims = [("" if loss.p < 1 - CONFIDENCE or math.isnan(loss.p) else "No difference in loss is shown: ")
-              + f"{ends}: mean {r['b']['loss_mean']:.6f} of {plural(r['b']['n'])} against {r['a']['loss_mean']:.6f} of "
-              f"{r['a']['n']} ({in_words(loss, '+.6f')})."]
+    claims = ["No difference in loss is shown: " * (loss.p >= 1 - CONFIDENCE)
+              + f"B ends {abs(loss.value):.6f} nats/token {'below' if loss.value < 0 else 'above'} A: mean "
+              f"{r['b']['loss_mean']:.6f} of {plural(r['b']['n'])} against {r['a']['loss_mean']:.6f} of {r['a']['n']} "
+              f"({in_words(loss, '+.6f')})."]
     if "steps_at_equal_loss" in r:
         steps = Interval(**r["steps_at_equal_loss"]["difference"])
         if math.isfinite(steps.value):
@@ -146,6 +145,9 @@ def claims_of(groups: list[Group], judged: Group | None, r: dict | None) -> list
     elif not claims:
         claims = [f"{group.label}: " * (len(groups) > 1) + claim_of_losses(group.side.losses) + "."
                   for group in groups if group.side]
+    lengths = {run.num_iterations for group in groups for run in group.runs if run.finished}
+    if not claims and lengths:
+        claims = [f"The runs are of {', '.join(map(str, sorted(lengths)))} steps: there is no mean over them."]
     running = [run for group in groups for run in group.runs if not run.finished and group.label != "failed"]
     for run in running if len(running) < 4 else []:
         last = f", validation loss {run.final_loss:.6f} at step {run.validations[-1].step:,}" if run.validations else ""
@@ -156,9 +158,10 @@ def claims_of(groups: list[Group], judged: Group | None, r: dict | None) -> list
 # ----------------------------------------------------------------------------------------------------------------------
 # Tables
 
-def table(caption: str, header: list[str], rows: list[list[str]]) -> dict:
-    return {"caption": typeset(caption), "header": [typeset(cell) for cell in header],
-            "rows": [[typeset(cell) for cell in row] for row in rows]}
+def table(caption: str, header: list[str], rows: list[list[str]], is_quoted: bool = False) -> dict:
+    """is_quoted: the cells are the logs' own words, which stay as they are."""
+    cells = rows if is_quoted else [[typeset(cell) for cell in row] for row in rows]
+    return {"caption": typeset(caption), "header": [typeset(cell) for cell in header], "rows": cells}
 
 
 def or_blank(value: float, spec: str) -> str:
@@ -204,15 +207,13 @@ def step_time_table(r: dict, labels: list[str]) -> dict | None:
     """ms per step by window, or by share of the run where logs do not state it; for one side, its own columns alone."""
     for key, title, names in (("window", "at equal window and batch", ["tokens of a batch", "window (blocks)"]),
                               ("share", "at equal share of the run: the logs do not state windows", ["share"])):
-        rows = r.get(f"ms_per_step_at_equal_{key}")
+        rows, sides, both = r.get(f"ms_per_step_at_equal_{key}"), "ab"[:len(labels)], len(labels) > 1
         if rows:
-            columns = [f"{what} {label}".strip() for what in ("steps", "ms/step") for label in labels]
-            body = [[*compare.name_row(row), *(f"{row[f'steps_{side}']:,}" for side, _ in zip("ab", labels)),
-                     *(or_blank(row[f"ms_{side}"], ".2f") for side, _ in zip("ab", labels)),
-                     or_blank(row["ms_b"] - row["ms_a"], "+.2f")][:len(names) + len(columns) + 1] for row in rows]
-            header = [*names, *columns, "B - A"]
-            width = len(header) - (len(labels) == 1)
-            return table(f"ms/step {title}", header[:width], [row[:width] for row in body])
+            header = [*names, *(f"{what} {label}".strip() for what in ("steps", "ms/step") for label in labels)]
+            return table(f"ms/step {title}", header + ["B - A"] * both, [
+                [*compare.name_row(row), *(f"{row[f'steps_{side}']:,}" for side in sides),
+                 *(or_blank(row[f"ms_{side}"], ".2f") for side in sides),
+                 *[or_blank(row["ms_b"] - row["ms_a"], "+.2f")] * both] for row in rows])
     return None
 
 
@@ -236,7 +237,7 @@ def machine_table(groups: list[Group]) -> dict:
                      for group in groups)] for name, attribute in MACHINE.items()]
     rows.append(["peak memory (MiB)", *(values_of(group.runs, lambda run: run.peak_memory_mib or "not stated")
                                         for group in groups)])
-    return table("Hardware and versions", ["", *(group.label for group in groups)], rows)
+    return table("Hardware and versions", ["", *(group.label for group in groups)], rows, is_quoted=True)
 
 
 def constants_tables(groups: list[Group]) -> list[dict]:
@@ -248,8 +249,8 @@ def constants_tables(groups: list[Group]) -> list[dict]:
     shared = [row for row in rows if len({*row[1:]}) == 1 and len({
         run.constants.get(row[0]) for group in groups for run in group.runs}) == 1]
     return [table("Constants that differ", ["constant", *(group.label for group in groups)],
-                  [row for row in rows if row not in shared]),
-            table("Constants that all runs share", ["constant", "value"], [row[:2] for row in shared])]
+                  [row for row in rows if row not in shared], is_quoted=True),
+            table("Constants that all runs share", ["constant", "value"], [row[:2] for row in shared], is_quoted=True)]
 
 
 def source_difference(a: Group, b: Group) -> dict:
@@ -258,7 +259,7 @@ def source_difference(a: Group, b: Group) -> dict:
     several = [f"{group.label}'s runs have {len(found)} different sources, the first is shown"
                for group, found in zip((a, b), sources) if len(found) > 1]
     lines = list(difflib.unified_diff(*(found[0].splitlines() for found in sources), "A", "B", lineterm=""))
-    changed = [sum(line.startswith(sign) and not line.startswith(3 * sign) for line in lines) for sign in "-+"]
+    changed = [sum(line.startswith(sign) for line in lines[2:]) for sign in "-+"]
     note = f"From A to B: {changed[0]} lines removed, {changed[1]} added" if lines else "A and B have the same source"
     cut = [f"{len(lines) - MAX_DIFF_LINES} further lines are left out"] if len(lines) > MAX_DIFF_LINES else []
     return {"note": "; ".join([note, *several, *cut]) + ".", "lines": lines[:MAX_DIFF_LINES]}
@@ -271,7 +272,7 @@ def check_section(folder: check.Folder, findings: list[check.Finding]) -> dict:
             for status, words in (("ok", "Kept"), ("not applicable", "Not applicable"))}
     return {"verdict": check.verdict_of(folder, findings),
             "kept": " ".join(f"{words}: {', '.join(ids)}." for words, ids in kept.items() if ids),
-            "table": table("Rules that are broken", ["severity", "rule", "what was found", "why it matters"], rows)}
+            "table": table("Rules that are broken", ["severity", "rule", "found", "why"], rows, is_quoted=True)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -313,28 +314,18 @@ def curves_of(run: Run, points: int) -> dict:
     names = dict.fromkeys(name for v in run.validations for name in v.extras)
     fields = dict.fromkeys(name for fields in run.step_fields.values() for name in fields if name != "tokens")
     timed = run.step_ms or len(run.validations) > 2
-    validations = thinned_validations(run)
-    return {"name": run.name, "step": [v.step for v in validations], "loss": plain(v.loss for v in validations),
-            "ms": plain(v.train_ms for v in validations),
-            "scalars": {name: plain(v.extras.get(name, math.nan) for v in validations) for name in names},
+    return {"name": run.name, "step": [v.step for v in run.validations], "loss": plain(v.loss for v in run.validations),
+            "ms": plain(v.train_ms for v in run.validations),
+            "scalars": {name: plain(v.extras.get(name, math.nan) for v in run.validations) for name in names},
             "fields": {name: field_of(run, name, points) for name in fields},
             "step_ms": thin(np.arange(1, len(durations) + 1), durations, points) if timed else None}
-
-
-def thinned_validations(run: Run) -> list:
-    """All of them, but of a log that validates at more than MAX_POINTS steps."""
-    if len(run.validations) <= MAX_POINTS:
-        return run.validations
-    kept = set(thin(np.array([v.step for v in run.validations]), np.array([v.loss for v in run.validations]),
-                    MAX_POINTS)["x"])
-    return [v for v in run.validations if v.step in kept]
 
 
 def mean_of(group: Group) -> dict | None:
     series = group.series
     if series is None or len(series.steps) < 2 or len(series.runs) < 2:
         return None
-    edges, ms = (series.step_times[0], series.step_times[1]) if series.step_times else ([], [])
+    edges, ms = series.step_times[:2] if series.step_times else ([], [])
     return {"label": f"{group.label}, ".removeprefix("all, ") + f"mean of {len(series.runs)} runs",
             "step": plain(series.steps), "loss": plain(np.round(series.losses, 7)),
             "ms": plain(np.round(60_000 * series.minutes, 1)),

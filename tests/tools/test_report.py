@@ -107,7 +107,8 @@ def test_logs_that_no_statistic_covers_are_shown_all_the_same(tmp_path):
     data = report.gather(tmp_path)
     assert [len(group["runs"]) for group in data["groups"]] == [4] and data["groups"][0]["mean"] is None
     assert [run["step"][-1] for run in data["groups"][0]["runs"]] == [200, 100, 50, 200]
-    assert any("is at step 60 of 200" in sentence for sentence in [data["headline"], *data["sentences"]])
+    assert data["headline"] == "The runs are of 100, 200 steps: there is no mean over them."
+    assert any("is at step 60 of 200, validation loss 3.364083 at step 50." in text for text in data["sentences"])
     assert ["readable"] == [row[1] for row in data["check"]["table"]["rows"] if "x.log" in row[2]]
     (tmp_path / "empty").mkdir()
     with pytest.raises(RecordError, match="holds no log"):
