@@ -367,7 +367,9 @@ def test_a_table_of_kernels_counts_equal_ones_and_is_read_back():
     twice = [spec, spec._replace(name="triton_poi_fused_add_12")]
     table = kernel_specs.format_table({"medium": [*twice, other], "short": [other]})
     named = [k._replace(name="triton_poi_fused_add") for k in (spec, other)]
-    assert kernel_specs.read_table("date and versions\n\n" + table) == named
+    spills, *shown = kernel_specs.with_spills_first(table).splitlines()
+    assert spills == "triton_poi_fused_add spills: a thread stores 8 bytes and loads 0" and shown[0] == ""
+    assert kernel_specs.read_table("\n".join([spills, *shown, ""])) == named
     assert [line.split()[:2] for line in table.splitlines()] == [["medium", "short"], ["2", "0"], ["1", "1"]]
 
 
