@@ -389,6 +389,22 @@ def test_every_kernel_of_a_run_has_been_compiled_for_an_h100(version):
     assert all(k.name in readme for k in kernels if k.spill_store_bytes + k.spill_load_bytes)
 
 
+def test_the_readme_sums_up_the_tables_of_kernels():
+    folder, phases = helpers.RECORDS / "bench", {"training-forward": "training, forward", "validation": "validation",
+                                                 "training-backward": "training, backward",
+                                                 "updates-1-rank": "updates, one rank",
+                                                 "updates-8-ranks": "updates, 8 ranks", "hand-written": "hand-written"}
+    for phase, label in phases.items():
+        columns = []
+        for version in ("2.11", "2.13"):
+            lines = [line.split() for line in (folder / f"kernel_specs_{version}.txt").read_text().splitlines()]
+            rows = [[int(row[i]) for i in (0, 1, 4, 7)] for row in lines if row[2:3] == [phase]]
+            medium, short, registers, shared = zip(*rows)
+            columns.append([sum(medium), sum(short), max(registers), f"{max(shared):,}"])
+        row = " | ".join(f"{older} / {newer}" for older, newer in zip(*columns))
+        assert f"| {label} | {row} |" in (folder / "README.md").read_text()
+
+
 @pytest.mark.parametrize("arguments, sentence", [(["shrt"], "'shrt' is not a preset"), (["short"], "a CUDA build")])
 def test_presets_that_cannot_be_compiled_get_a_sentence(monkeypatch, arguments, sentence):
     monkeypatch.setattr(torch.version, "cuda", None)
