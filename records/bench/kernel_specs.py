@@ -174,10 +174,10 @@ def run_with_fake_driver(code: str) -> list[CompiledKernel]:
                         f"-Wl,-rpath,{home}/lib,-soname,libcuda.so.1", "-lc10", "-o", str(driver)],
                        input=FAKE_DRIVER, text=True, check=True)
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
-            "LD_PRELOAD": str(driver), "TORCHINDUCTOR_CACHE_DIR": folder, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
-            "PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"}
+            "LD_PRELOAD": str(driver), "TORCHINDUCTOR_CACHE_DIR": folder, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
         script = f"import json\nfrom kernel_specs import *\nprint(json.dumps({code}))"
-        done = subprocess.run([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, env=environment,
+                              stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise tgm.UserError(f"{code} failed: a kernel or graph does not compile, see above.")
     return [CompiledKernel(*row) for row in json.loads(done.stdout.splitlines()[-1])]
@@ -272,8 +272,9 @@ def pretend_h100(found: Found) -> None:
 def compile_generated(config: tgm.Config, world_sizes: tuple[int, ...] = (1, 8)) -> list[CompiledKernel]:
     """All kernels that TorchInductor generates for a run of `config`, in the order in which they are compiled.
 
-    world_sizes: numbers of ranks whose updates are compiled, each as its rank 0. Only in run_with_fake_driver. torch
-    without CUDA has no backward pass on a GPU, not even a fake one, so that training is left out.
+    world_sizes: numbers of ranks whose updates are compiled, each as its rank 0. Only in run_with_fake_driver. A build
+    of torch without CUDA has no backward pass on a GPU, not even a fake one: it leaves training out. It also takes
+    norms apart in another way.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -332,6 +333,13 @@ def read_table(text: str) -> list[CompiledKernel]:
     return [CompiledKernel(phase, *map(int, numbers), config, name) for phase, *numbers, config, name in columns]
 
 
+def with_spills_first(table: str) -> str:
+    """The table, below a line for every kernel that spills."""
+    spills = [f"{k.name} spills: a thread stores {k.spill_store_bytes} bytes and loads {k.spill_load_bytes}\n"
+              for k in read_table(table) if k.spill_store_bytes + k.spill_load_bytes]
+    return "".join(spills) + "\n" + table
+
+
 def refuse_too_large(kernels: Iterable[CompiledKernel]) -> None:
     """Raises UserError if a kernel would fail at its first launch."""
     for k in kernels:
@@ -350,12 +358,12 @@ def main(presets: list[str]) -> None:
     by_hand = compile_kernels()
     kernels = {preset: by_hand + run_with_fake_driver(f"compile_generated(tgm.PRESETS[{preset!r}]())")
                for preset in presets} or {"every": by_hand}
-    table = format_table(kernels)
+    table = with_spills_first(format_table(kernels))
     print(table, end="")
     if presets:
         version = ".".join(torch.__version__.split(".")[:2])
         replace_file(f"kernel_specs_{version}.txt", f"{datetime.date.today()}, torch {torch.__version__}, triton "
-                     f"{triton.__version__}: python records/bench/kernel_specs.py {' '.join(presets)}\n\n{table}")
+                     f"{triton.__version__}: python records/bench/kernel_specs.py {' '.join(presets)}\n{table}")
     refuse_too_large(chain(*kernels.values()))
 
 

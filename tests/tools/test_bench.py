@@ -375,7 +375,9 @@ def test_a_table_of_kernels_counts_equal_ones_and_is_read_back():
     twice = [spec, spec._replace(name="triton_poi_fused_add_12")]
     table = kernel_specs.format_table({"medium": [*twice, other], "short": [other]})
     named = [k._replace(name="triton_poi_fused_add") for k in (spec, other)]
-    assert kernel_specs.read_table("date and versions\n\n" + table) == named
+    spills, *shown = kernel_specs.with_spills_first(table).splitlines()
+    assert spills == "triton_poi_fused_add spills: a thread stores 8 bytes and loads 0" and shown[0] == ""
+    assert kernel_specs.read_table("\n".join([spills, *shown, ""])) == named
     assert [line.split()[:2] for line in table.splitlines()] == [["medium", "short"], ["2", "0"], ["1", "1"]]
 
 
@@ -393,6 +395,22 @@ def test_every_kernel_of_a_run_has_been_compiled_for_an_h100(version):
     assert {k.phase for k in kernels if k.name.startswith("triton_poi")} == {
         "training-forward", "training-backward", "validation", "updates-1-rank", "updates-8-ranks"}
     assert all(k.name in readme for k in kernels if k.spill_store_bytes + k.spill_load_bytes)
+
+
+def test_the_readme_sums_up_the_tables_of_kernels():
+    folder, phases = helpers.RECORDS / "bench", {"training-forward": "training, forward", "validation": "validation",
+                                                 "training-backward": "training, backward",
+                                                 "updates-1-rank": "updates, one rank",
+                                                 "updates-8-ranks": "updates, 8 ranks", "hand-written": "hand-written"}
+    for phase, label in phases.items():
+        columns = []
+        for version in ("2.11", "2.13"):
+            lines = [line.split() for line in (folder / f"kernel_specs_{version}.txt").read_text().splitlines()]
+            rows = [[int(row[i]) for i in (0, 1, 4, 7)] for row in lines if row[2:3] == [phase]]
+            medium, short, registers, shared = zip(*rows)
+            columns.append([sum(medium), sum(short), max(registers), f"{max(shared):,}"])
+        row = " | ".join(f"{older} / {newer}" for older, newer in zip(*columns))
+        assert f"| {label} | {row} |" in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("arguments, sentence", [(["shrt"], "'shrt' is not a preset"), (["short"], "a CUDA build")])
