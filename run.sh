@@ -5,10 +5,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 usage() {
     cat <<'TEXT'
-usage: ./run.sh [medium|baseline|short|tiny]
+usage: ./run.sh [medium|baseline|short|tiny|small]
 
 Sets up Python, looks at the hardware and trains. It says what it will do first, and it is safe to run again.
   no GPU    makes shards from text that Python carries and trains `tiny`: 2 to 8 minutes on 2 cores
+            (`small`: 160 steps, for comparisons)
   GPUs      fetches the FineWeb shards that are missing and trains `medium` (the record), or the preset named
             (`baseline`: the same without Smear-MTP, 5,550 steps), on the largest of 8, 4, 2, 1 of them with torchrun
 
@@ -63,26 +64,25 @@ set_up_python() {
     echo "$PWD/.venv/bin/python"
 }
 
-train_tiny() {
-    local python=$1 data=${DATA_PATH:-data/text} output log first last shards
+train_on_cpu() {
+    local python=$1 preset=$2 data=${DATA_PATH:-data/text} output log first last shards
     shards=$(ls "$data"/*_train_*.bin 2>/dev/null || true)
     if [ -n "$shards" ]; then
-        echo "I will train the preset tiny (all 16 layers, width 128) on the shards in $data:"
+        echo "I will train the preset $preset (all 16 layers, width 128) on the shards in $data:"
     else
-        echo "I will make shards of Python's own documentation in $data and train the preset tiny (16 layers, width 128):"
+        echo "I will make shards of Python's own documentation in $data and train the preset $preset (16 layers, width 128):"
     fi
-    echo "2 to 8 minutes if this machine has 2 CPU cores and no GPU."
-    "$python" data/preflight/preflight.py tiny
+    "$python" data/preflight/preflight.py "$preset"
     [ -n "$shards" ] || "$python" data/shards.py text "$data"
     output=$(mktemp)
     trap "rm -f '$output'" EXIT
-    "$python" "$script" tiny | tee "$output"
+    "$python" "$script" "$preset" | tee "$output"
     log=$(sed -n 's/^preset .*, log //p' "$output")
     first=$(sed -n 's/.*val_loss:\([0-9.]*\) .*/\1/p' "$output" | head -n 1)
     last=$(sed -n 's/.*val_loss:\([0-9.]*\) .*/\1/p' "$output" | tail -n 1)
     cat <<TEXT
 
-Trained the tiny model on $data: validation loss $first before, $last after (nats per byte).
+Trained the $preset model on $data: validation loss $first before, $last after (nats per byte).
 Log, with the full source and every constant: $log
 On 8xH100, ./run.sh trains the record instead: 5,535 steps of FineWeb to a loss of 2.92 (published: 23 minutes).
 TEXT
@@ -106,15 +106,16 @@ case "${1:-}" in
     --check)
         python=$(set_up_python requirements.txt)
         exec "$python" data/preflight/preflight.py ${2:+"$2"} ;;
-    "" | medium | baseline | short | tiny)
+    "" | medium | baseline | short | tiny | small)
         python=$(set_up_python requirements.txt)
         gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-        if [ "$gpus" = 0 ] && [ "${1:-}" != tiny ] && [ "${CUDA_VISIBLE_DEVICES-0}" ] && nvidia-smi -L >/dev/null 2>&1; then
+        on_cpu=$(case "${1:-}" in tiny | small) echo yes ;; esac)
+        if [ "$gpus" = 0 ] && [ ! "$on_cpu" ] && [ "${CUDA_VISIBLE_DEVICES-0}" ] && nvidia-smi -L >/dev/null 2>&1; then
             echo "nvidia-smi sees GPUs that torch does not:"
             "$python" data/preflight/preflight.py "${1:-medium}"
-        elif [ "${1:-}" = tiny ] || { [ "$gpus" = 0 ] && [ -z "${1:-}" ]; }; then
+        elif [ "$on_cpu" ] || { [ "$gpus" = 0 ] && [ -z "${1:-}" ]; }; then
             [ "$gpus" != 0 ] || echo "torch sees no GPU here."
-            train_tiny "$python"
+            train_on_cpu "$python" "${1:-tiny}"
         elif [ "$gpus" = 0 ]; then
             die "preset $1 needs a CUDA GPU and torch sees none (does nvidia-smi?): on a CPU, use tiny."
         else

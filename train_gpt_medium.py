@@ -7,7 +7,7 @@ token, times one learned scalar, is added to the current one. This file reproduc
     torchrun --standalone --nproc_per_node=8 train_gpt_medium.py           # the record; 1, 2 or 4 GPUs also work
     torchrun --standalone --nproc_per_node=8 train_gpt_medium.py baseline  # the same without Smear-MTP, 5,550 steps
     torchrun --standalone --nproc_per_node=1 train_gpt_medium.py short     # a 300-step schedule, for trying ideas
-    python train_gpt_medium.py tiny                                        # a small model on a CPU
+    python train_gpt_medium.py tiny                                        # a small model on a CPU; `small`: longer
 
 Part 1 is the recipe: all that an experiment edits. Part 2 is the machine; another recipe imports it from this file.
 Shards are read from the preset's `data_dir`, or from the folder named by the environment variable DATA_PATH.
@@ -32,6 +32,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from functools import partial, partialmethod
 from itertools import chain, count, islice
 from pathlib import Path
@@ -197,11 +198,12 @@ class Config(Run):
         return GPT(self)
 
 
-# FlexAttention's options for long and short windows. A token sees itself, so no row is empty. Both are untuned: tiles,
-# warps and stages (fwd_BLOCK_M, bwd_num_warps, ...) are torch's own. After a sweep on a GPU, `bench.py --choose` prints
-# these two lines as it found them fastest. While both are equal, blocks of long and short windows share compiled code.
-LONG_WINDOW_KERNEL = {"ROWS_GUARANTEED_SAFE": True}
-SHORT_WINDOW_KERNEL = {"ROWS_GUARANTEED_SAFE": True}
+# FlexAttention's options for long and short windows. Both are untuned: tiles, warps and stages are torch's own. After a
+# sweep on a GPU, `bench.py --choose` prints these two lines as it found them fastest. While they are equal, blocks of
+# long and short windows share compiled code. ROWS_GUARANTEED_SAFE only with fwd_BLOCK_N = 128: a query needs a key in
+# the first tile that it meets, or its row is NaN, and a document may begin after the first half of its own block.
+LONG_WINDOW_KERNEL: dict[str, Any] = {}
+SHORT_WINDOW_KERNEL: dict[str, Any] = {}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -523,16 +525,19 @@ GROUPS = (
 # ----------------------------------------------------------------------------------------------------------------------
 # Presets
 
+# For a CPU, on bytes. fp32: a CPU without AVX-512 multiplies bf16 matrices ten times slower.
+ON_CPU = partial(Config, data_dir="data/text", shard_prefix="text", vocab_size=257, doc_token=256, seq_len=512,
+                 num_heads=4, head_dim=32, dtype=torch.float32, max_window=4 * 128, snoo=Snoo(every=14),
+                 val_tokens=2**14, val_seq_len=2**11, needs_gpu=False, warmup_steps=1, coordinate_descent_tuning=False)
+
 PRESETS = {  # made and checked when they are chosen
     "medium": Config,
     "baseline": partial(Config, preset="baseline", smear_mtp=False, num_iterations=5550),  # the previous record
     "short": partial(Config, preset="short", num_iterations=300, val_tokens=2**20, val_seq_len=2**17, val_every=50,
                      coordinate_descent_tuning=False),
-    # fp32: a CPU without AVX-512 multiplies bf16 matrices ten times slower.
-    "tiny": partial(Config, preset="tiny", data_dir="data/text", shard_prefix="text", vocab_size=257, doc_token=256,
-                    seq_len=512, num_heads=4, head_dim=32, dtype=torch.float32, num_iterations=64, max_window=4 * 128,
-                    momentum_warmup_steps=16, snoo=Snoo(every=14), val_tokens=2**14, val_seq_len=2**11, val_every=16,
-                    needs_gpu=False, warmup_steps=1, coordinate_descent_tuning=False),
+    "tiny": partial(ON_CPU, preset="tiny", num_iterations=64, momentum_warmup_steps=16, val_every=16),
+    "small": partial(ON_CPU, preset="small", stages=(Stage(num_slices=4),), num_iterations=160,
+                     momentum_warmup_steps=40, val_every=20),
 }
 
 
@@ -689,8 +694,7 @@ def launch_mlp_gemm(a: Tensor, b: Tensor, post: Tensor | None) -> Tensor:
     assert a.is_contiguous() and b.is_contiguous()
     (M, K), N = a.shape, b.size(0 if post is None else 1)
     out = torch.empty(M, N, dtype=a.dtype, device=a.device)
-    BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64
-    in_blocks = TensorDescriptor.from_tensor
+    BLOCK_M, BLOCK_N, BLOCK_K, in_blocks = 128, 256, 64, TensorDescriptor.from_tensor
     out_desc = in_blocks(out, [BLOCK_M, BLOCK_N // 2])
     mlp_gemm_kernel[(min(num_multiprocessors(a.device), triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N)),)](
         in_blocks(a, [BLOCK_M, BLOCK_K]), in_blocks(b, [BLOCK_N, BLOCK_K] if post is None else [BLOCK_K, BLOCK_N]),
@@ -806,8 +810,7 @@ def symmetric_product(x: Tensor, scale: float, x_scale: float) -> Tensor:
     The kernel computes the tiles on and below the diagonal and mirrors them: 36 of 64 for 1024 rows.
     From [@byronxu99, modded-nanogpt].
     """
-    n, num_rows, K = x.shape
-    BLOCK, BLOCK_K = 128, 64
+    (n, num_rows, K), BLOCK, BLOCK_K = x.shape, 128, 64
     if not runs_kernels(x, HOPPER_SHARED_BYTES) or num_rows % BLOCK or K % BLOCK_K:
         return (scale * x) @ x + x_scale * x if x_scale else (scale * x) @ x.mT
     assert x.is_contiguous()
@@ -1666,6 +1669,9 @@ def compile_model(model: nn.Module, whole: bool, **options) -> None:
     (records/bench/README.md).
     """
     options = dict(dynamic=False, fullgraph=True) | options
+    # torch's caches know an operation by its name: where what it gives is edited, they would return the old graph.
+    operations = Path(__file__).read_text().split("\n# Kernels:")[1].split("\n# Attention:")[0]
+    torch.compiler.config.cache_key_tag = hashlib.sha256(operations.encode()).hexdigest()
     # Enough for a graph for training and one for validation of every kind of block, and one of every kind of bank.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(list(model.parameters())))
     if whole:
@@ -1726,7 +1732,9 @@ def main(config: Run, resume_from: str | None = None) -> float:
     train_shards, val_shard = find_shards(config)
     on_gpu = world.device.type == "cuda"
     if world.size > 1:
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=world.device if on_gpu else None)
+        # NCCL's own 10 minutes end the run where one rank's compiler cache is empty and the others' are not.
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=world.device if on_gpu else None,
+                                timeout=timedelta(hours=1))
     saved, checkpoints, resumed = dict(step=0, seconds=0.0, seed=draw_seed(config, world)), None, ""
     if config.checkpoint_every or config.checkpoint_minutes or resume_from:
         checkpoints = Checkpoints(config, source, [*train_shards, val_shard], run_id, saved["seed"], world)

@@ -30,6 +30,9 @@ PACKAGES = {"torch", "torchvision", "numpy", "triton", "tqdm", "huggingface_hub"
             "xformers", "requests", "yaml", "psutil", "pynvml", "cupy", "numba", "lovely_tensors", "rich", "dotenv",
             "bitsandbytes", "torchao", "schedulefree", "heavyball", "dion", "opt_einsum", "safetensors", "distutils"}
 SHOWN = 4  # examples a message names
+EXPERIMENTS = "experiments"  # folder of comparisons that are no records
+# What a record's task demands; no rule for an experiment.
+OF_THE_TASK = ("target-t", "target-z", "n-needed", "val-tokens", "data", "gpus")
 
 
 class Limits(NamedTuple):
@@ -51,6 +54,11 @@ class Folder:
     unstarted: int = 0  # of the unreadable, those without a step
     published: dict | None = None  # figures in place of logs
     scripts: list[Path] = field(default_factory=list)
+
+    @property
+    def experiment(self) -> bool:
+        """Whether it lies in experiments/: a comparison, of another task than the record's."""
+        return self.path.resolve().parent.name == EXPERIMENTS
 
     @property
     def logs(self) -> list[Run]:
@@ -190,7 +198,7 @@ def no_run_twice(folder, limits):
                      if math.isfinite(run.train_seconds))
     problems = [f"loss {loss} after {seconds} s occurs {count} times" for (loss, seconds), count in finals.items()
                 if count > 1]
-    ids = Counter() if folder.published else Counter(run.path.stem for run in runs)
+    ids = Counter() if folder.published else Counter(run.name for run in runs)
     return problems + [f"run id {id} occurs {count} times" for id, count in ids.items() if count > 1]
 
 
@@ -477,7 +485,8 @@ def one_environment(folder, limits):
     values = {name: Counter(getattr(run.environment, name) or "none shown" for run in folder.record)
               for name in ("hardware", "driver", "torch", "cuda")}
     return [f"{name}: {shown(f'{value} ({count} runs)' for value, count in counts.items())}"
-            for name, counts in values.items() if len(counts) > 1 or "none shown" in counts]
+            for name, counts in values.items()
+            if len(counts) > 1 or "none shown" in counts and not folder.experiment]  # which may run on a CPU
 
 
 @rule("times", "error", "A clock that runs backwards, skips steps or contradicts its own average was edited or reset.",
@@ -542,7 +551,9 @@ def apply_rules(folder: Folder, limits: Limits) -> list[Finding]:
     findings = []
     for rule in RULES:
         messages = None
-        if rule.on_figures or folder.logs or folder.unreadable and rule.id == "readable":
+        if folder.experiment and rule.id in OF_THE_TASK:
+            pass
+        elif rule.on_figures or folder.logs or folder.unreadable and rule.id == "readable":
             messages = rule.test(folder, limits)
         status = "not applicable" if messages is None else "broken" if messages else "ok"
         findings.append(Finding(rule, status, messages or []))
@@ -561,6 +572,8 @@ def verdict_of(folder: Folder, findings: list[Finding]) -> str:
         return "unfinished: no run of the record has a final loss"
     if broken["error"]:
         return f"does not hold: {errors}"
+    if folder.experiment:
+        return f"an experiment: the rules that need no task hold, with {broken['warning']} warnings"
     return f"holds, with {broken['warning']} warnings" if broken["warning"] else "holds: every rule is kept"
 
 
@@ -576,8 +589,9 @@ def describe_statistics(folder: Folder, limits: Limits) -> dict:
     test = test_of(folder, limits)
     seconds = [run.train_seconds for run in folder.counted]
     environments = sorted({run.environment.hardware for run in folder.counted})
-    return asdict(test) | {
-        "margin": limits.target - test.mean, "target": limits.target, "sigma": limits.sigma,
+    loss = {name: getattr(test, name) for name in ("n", "mean", "std", "low", "high")} if folder.experiment else asdict(
+        test) | {"margin": limits.target - test.mean, "target": limits.target, "sigma": limits.sigma}
+    return loss | {
         "train_seconds_mean": float(np.mean(seconds)),
         "train_seconds_std": float(np.std(seconds, ddof=1)) if len(seconds) > 1 else math.nan,
         "hardware": environments, "torch": sorted({run.environment.torch for run in folder.counted}),
@@ -603,17 +617,13 @@ def report(folder: Folder, findings: list[Finding], statistics: dict, verdict: s
     lines = [f"{folder.path}: {verdict}", ""]
     if statistics:
         s = statistics
-        needed = s["runs_needed"] or "no number"
         lines += [format_table([
             ["runs", f"{s['n']} (baseline {s['baseline_runs']}, failed {s['failed_runs']}, other {s['other_runs']})"],
             ["loss", f"{s['mean']:.6f} nats/token" if s["n"] < 2 else
              f"{s['mean']:.6f} +- {s['std']:.6f} nats/token, 95 % interval {s['low']:.6f} to {s['high']:.6f}"],
             ["train time", f"{s['train_seconds_mean']:.3f} s" if s["n"] < 2 else
              f"{s['train_seconds_mean']:.3f} +- {s['train_seconds_std']:.3f} s"],
-            [f"t-test, mean <= {s['target']}", f"t = {s['t']:.2f}, p = {format_p(s['t_p'])}"
-             if math.isfinite(s["t"]) else "none: it needs runs that differ"],
-            [f"z-test, sigma {s['sigma']:g}", f"z = {s['z']:.2f}, p = {format_p(s['z_p'])}"],
-            [f"runs needed for p < {ALPHA}", f"{needed} at this margin ({s['margin']:.6f}), {POWER:.0%} power"]]), ""]
+            *([] if folder.experiment else against_the_target(s))]), ""]
     broken = [finding for finding in findings if finding.status == "broken"]
     if broken:
         lines += [format_table([[f.rule.severity, f.rule.id, message] for f in broken for message in f.messages]), "",
@@ -623,3 +633,12 @@ def report(folder: Folder, findings: list[Finding], statistics: dict, verdict: s
         if ids:
             lines.append(f"{status}: {', '.join(ids)}")
     return "\n".join(lines)
+
+
+def against_the_target(s: dict) -> list[list[str]]:
+    """Rows of the report: both tests, and the runs that they need."""
+    needed = s["runs_needed"] or "no number"
+    return [[f"t-test, mean <= {s['target']}", f"t = {s['t']:.2f}, p = {format_p(s['t_p'])}"
+             if math.isfinite(s["t"]) else "none: it needs runs that differ"],
+            [f"z-test, sigma {s['sigma']:g}", f"z = {s['z']:.2f}, p = {format_p(s['z_p'])}"],
+            [f"runs needed for p < {ALPHA}", f"{needed} at this margin ({s['margin']:.6f}), {POWER:.0%} power"]]

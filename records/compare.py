@@ -57,14 +57,18 @@ def read_side(path: Path) -> Side:
     """Finished runs of a log, of a folder, or of published figures; a record's folder gives its own runs, without its
     baseline's. Raises RecordError if there are none, or of several lengths."""
     direct = [log for log in find_logs(path) if log.parent == path] if path.is_dir() else []
-    runs = [read_log(log) for log in direct] or read_runs(path)
+    return side_of([read_log(log) for log in direct] or read_runs(path), path.name, path)
+
+
+def side_of(runs: list[Run], name: str, path: Path) -> Side:
+    """The finished ones of `runs`, which come from `path`. Raises RecordError as `read_side` does."""
     finished = [run for run in runs if run.finished and math.isfinite(run.final_loss)]
     if not finished:
         raise RecordError(f"{path} holds no finished run: wait for its last step or name other logs.")
     lengths = sorted({run.num_iterations for run in finished})
     if len(lengths) > 1:
         raise RecordError(f"{path} holds runs of {', '.join(map(str, lengths))} steps: compare one kind at a time.")
-    return Side(path.name, finished, len(runs) - len(finished))
+    return Side(name, finished, len(runs) - len(finished))
 
 
 def mean_curve(side: Side) -> Curve:
@@ -182,6 +186,44 @@ def final_slope(curve: Curve) -> tuple[float, int]:
     return float(slope), int(curve.steps[start])
 
 
+def first_reach(run: Run, loss: float, slope: float) -> tuple[float, bool]:
+    """The step at which a run's validation loss, linear between validations, first is at or below `loss`.
+
+    A run that stays above is continued from its last validation at `slope`, in loss per step: (that step, False).
+    """
+    steps, losses = [v.step for v in run.validations], [v.loss for v in run.validations]
+    for i, value in enumerate(losses):
+        if value <= loss:
+            before = max(i - 1, 0)
+            share = (losses[before] - loss) / (losses[before] - value) if losses[before] > value else 0.0
+            return steps[before] + share * (steps[i] - steps[before]), True
+    return steps[-1] + ((loss - losses[-1]) / slope if slope < 0 else math.nan), False
+
+
+def steps_at_equal_loss(a: Side, b: Side, curves: tuple[Curve, Curve]) -> dict:
+    """Steps that B's runs take to one loss, minus those of A's. The loss is the higher of the two means at the end.
+
+    Runs of the side with that mean end near it, above or below. So those above are continued by a few steps, at the
+    slope of their side's mean curve at its end (`final_slope`), rather than left out: that would choose the better.
+    """
+    loss = max(float(np.mean(side.losses)) for side in (a, b))
+    reached = [[first_reach(run, loss, final_slope(curve)[0]) for run in side.runs]
+               for side, curve in zip((a, b), curves)]
+    steps = ([step for step, _ in runs] for runs in reached)
+    return {"difference": asdict(welch(*steps)), "loss": loss} | {
+        f"{what}_{key}": value for key, runs in zip("ab", reached) for what, value in (
+            ("steps", float(np.mean([step for step, _ in runs]))), ("above", sum(not below for _, below in runs)))}
+
+
+def describe_equal_loss(r: dict) -> str:
+    """How `compare_sides` counted the steps at equal loss, in words."""
+    steps = r["steps_at_equal_loss"]
+    above = [f"{steps[f'above_{key}']} of {r[key]['n']} runs of {key.upper()}" for key in "ab" if steps[f"above_{key}"]]
+    ending = f"; {' and '.join(above)} end above it and are continued at their mean curve's last slope" if above else ""
+    return (f"until the loss, linear between validations, first is {steps['loss']:.6f}, the higher mean at the end"
+            + ending)
+
+
 def warnings_for(a: Side, b: Side) -> list[str]:
     """What differs between the sides besides the script, or within one."""
     lines = []
@@ -219,7 +261,8 @@ def compare_sides(a: Side, b: Side) -> dict:
         curves = mean_curve(a), mean_curve(b)
         slope, start = final_slope(curves[0])
         result |= {"loss_at_equal": loss_rows(*curves), "loss_per_step_at_the_end": slope, "slope_from_step": start,
-                   "loss_difference_in_steps": result["loss_difference"]["value"] / slope if slope else math.nan}
+                   "loss_difference_in_steps": result["loss_difference"]["value"] / slope if slope else math.nan,
+                   "steps_at_equal_loss": steps_at_equal_loss(a, b, curves)}
         if math.isfinite(curves[0].seconds[-1] + curves[1].seconds[-1]):
             result |= explain_times(a, b)
     return result
@@ -260,6 +303,8 @@ def report(r: dict) -> str:
     rows += [[f"  {PARTS[name]}", Interval(**part).format("+.3f", " s")]
              for name, part in r.get("decomposition", {}).items()]
     if "loss_per_step_at_the_end" in r:
+        at_equal = Interval(**r["steps_at_equal_loss"]["difference"]).format("+.1f", " steps")
+        rows.append(["steps at equal loss", f"{at_equal}: {describe_equal_loss(r)}"])
         steps = r["loss_difference_in_steps"]
         rows.append(["loss in steps", f"{abs(steps):.1f} steps {'gained' if steps > 0 else 'lost'}: A's curve falls by "
                      f"{-1e6 * r['loss_per_step_at_the_end']:.2f}e-6 a step from step {r['slope_from_step']:,} on"])

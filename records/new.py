@@ -1,4 +1,6 @@
 """`new`: a record's folder from finished logs - copies, tables, figures, check - so that no number is typed by hand."""
+import gzip
+import os
 import re
 import shutil
 from pathlib import Path
@@ -14,6 +16,7 @@ from tables import format_markdown, write_text
 RECORDS = Path(__file__).resolve().parent
 LEADERBOARD = ["date", "name", "mean loss +- std (nats/token)", "mean train time (s)", "n (runs)", "hardware", "torch",
                "folder", "status"]
+MAX_BYTES = 5_000_000  # of a record's folder: above, its logs are compressed
 CAPTIONS = {"loss": "Validation loss against steps and time",
             "step_time": "Time per step, and the attention window where the logs state it",
             "lambdas": "Learned scalars", "final_losses": "Final losses against the target"}
@@ -25,12 +28,23 @@ def copy_logs(paths: list[Path], folder: Path, failed: Path) -> list[Run]:
     for log in (log for path in paths for log in find_logs(path)):
         run = read_log(log)
         target = (folder if run.finished else failed) / log.name
-        if target.exists():
+        if any(target.with_name(run.name + suffix).exists() for suffix in (".txt", ".log", ".txt.gz", ".log.gz")):
             raise RecordError(f"{log} has the name of another log: a run counts once.")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(log, target)
         finished += [run] if run.finished else []
     return finished
+
+
+def compress_logs(folder: Path) -> None:
+    """Compresses the logs of a folder above MAX_BYTES; the same logs give the same bytes."""
+    if sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= MAX_BYTES:
+        return
+    for log in (log for log in find_logs(folder) if log.suffix != ".gz"):
+        temporary = log.with_name(log.name + ".gz.tmp")
+        temporary.write_bytes(gzip.compress(log.read_bytes(), mtime=0))
+        os.replace(temporary, log.with_name(log.name + ".gz"))
+        log.unlink()
 
 
 def one_of(runs: list[Run], attribute: str) -> str:
@@ -46,7 +60,7 @@ def figures_of(runs: list[Run]) -> tuple[str, str]:
 
 def runs_table(runs: list[Run]) -> str:
     return format_markdown(["run", "val loss (nats/token)", "train time (s)", "log"],
-                           [[str(i), f"{run.final_loss:.6f}", f"{run.train_seconds:.3f}", run.path.stem[:8]]
+                           [[str(i), f"{run.final_loss:.6f}", f"{run.train_seconds:.3f}", run.name[:8]]
                             for i, run in enumerate(runs, 1)])
 
 
@@ -56,23 +70,25 @@ def write_readme(folder: Path, title: str, what: str, figures: list[Path]) -> No
     runs, limits = record.counted, check.Limits()
     test = check.test_of(record, limits)
     seconds = [run.train_seconds for run in runs]
+    against_the_target = [] if record.experiment else [
+        [f"one-sided p of mean loss <= {limits.target}", f"t-test p = {format_p(test.t_p)}"],
+        [f"the same with sigma {limits.sigma:g}", f"z-test p = {format_p(test.z_p)}"]]
     parts = [f"# {title}", f"## What changed\n\n{what}", "## Setup\n\n" + format_markdown(["item", "value"], [
         ["hardware", one_of(runs, "hardware")], ["torch", one_of(runs, "torch")], ["CUDA", one_of(runs, "cuda")],
         ["driver", one_of(runs, "driver")], ["steps", ", ".join(sorted({f"{run.num_iterations:,}" for run in runs}))]]),
         "## Results\n\n" + format_markdown(["statistic", "value"], [
             ["n (runs)", str(test.n)], ["mean loss +- std (nats/token)", figures_of(runs)[0]],
             ["95 % interval of the mean", f"{test.low:.6f} to {test.high:.6f}"],
-            ["mean train time +- std (s)", f"{np.mean(seconds):.3f} +- {std(seconds):.3f}"],
-            [f"one-sided p of mean loss <= {limits.target}", f"t-test p = {format_p(test.t_p)}"],
-            [f"the same with sigma {limits.sigma:g}", f"z-test p = {format_p(test.z_p)}"]]),
+            ["mean train time +- std (s)", f"{np.mean(seconds):.3f} +- {std(seconds):.3f}"], *against_the_target]),
         f"## All {len(runs)} runs\n\n{runs_table(runs)}"]
     baseline = [run for run in record.baseline if run.finished]
     if baseline:
         parts.append(describe_baseline(folder, baseline))
     if record.failed:
-        rows = [[run.path.stem[:8], f"{run.last_step:,} of {run.num_iterations:,}"] for run in record.failed]
+        rows = [[run.name[:8], f"{run.last_step:,} of {run.num_iterations:,}"] for run in record.failed]
         parts.append("## Runs that did not finish\n\n" + format_markdown(["log", "last step"], rows))
-    parts.append("## Figures\n\n" + "\n\n".join(f"![{CAPTIONS[path.stem]}](figures/{path.name})" for path in figures))
+    parts.append("## Figures\n\n" + "\n\n".join(f"![{CAPTIONS[path.stem]}](figures/{path.name})" for path in figures)
+                 if figures else "Every curve and table: [report.html](report.html), to be opened in a browser.")
     write_text(folder / "README.md", "\n\n".join(parts) + "\n")
 
 
@@ -80,6 +96,8 @@ def describe_baseline(folder: Path, baseline: list[Run]) -> str:
     """The baseline's runs and what `compare` says."""
     r = compare.compare_sides(*map(compare.read_side, (folder / "baseline", folder)))
     rows = [["loss (nats/token)", Interval(**r["loss_difference"]).format("+.6f")],
+            *([["steps at equal loss", Interval(**r["steps_at_equal_loss"]["difference"]).format("+.1f")]]
+              if "steps_at_equal_loss" in r else []),
             ["train time (s)", Interval(**r["seconds_difference"]).format("+.3f")],
             *([f"of which {compare.PARTS[name]} (s)", Interval(**part).format("+.3f")]
               for name, part in r.get("decomposition", {}).items())]
@@ -115,15 +133,17 @@ def refresh_leaderboard(records: Path) -> None:
 
 
 def new(name: str, date: str, logs: list[Path], baseline: list[Path], what: str, as_json: bool,
-        records: Path = RECORDS) -> int:
+        records: Path = RECORDS, experiment: bool = False) -> int:
     """Makes records/DATE_NAME, refreshes the leaderboard, and returns what `check` says of the folder.
 
-    Raises RecordError, and leaves nothing behind, if a log is damaged or no log is finished.
+    experiment: makes records/experiments/DATE_NAME instead, which the leaderboard does not list. Raises RecordError,
+    and leaves nothing behind, if a log is damaged or no log is finished.
     """
     from plot import draw  # loads matplotlib
+    from report import gather, read_parts, render
     if not re.fullmatch(r"\d{4}-\d\d-\d\d", date) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise RecordError(f"{date}_{name} is no name of a record: give a date YYYY-MM-DD and letters, digits, - or _.")
-    folder = records / f"{date}_{name}"
+    folder = records / (check.EXPERIMENTS if experiment else "") / f"{date}_{name}"
     if folder.exists():
         raise RecordError(f"{folder} exists already: choose another name.")
     folder.mkdir(parents=True)
@@ -132,9 +152,13 @@ def new(name: str, date: str, logs: list[Path], baseline: list[Path], what: str,
             raise RecordError("none of the logs is finished: a record needs finished runs.")
         has_baseline = bool(copy_logs(baseline, folder / "baseline", folder / "failed"))
         sides = [folder / "baseline", folder] if has_baseline else [folder]
-        write_readme(folder, f"{date} {name}", what, draw(sides, folder / "figures"))
+        write_readme(folder, f"{date} {name}", what, [] if experiment else draw(sides, folder / "figures"))
+        compress_logs(folder)
+        if experiment:
+            write_text(folder / "report.html", render(gather(folder), read_parts()))
     except BaseException:
         shutil.rmtree(folder)
         raise
-    refresh_leaderboard(records)
+    if not experiment:
+        refresh_leaderboard(records)
     return check.check(folder, check.Limits(), as_json)

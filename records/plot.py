@@ -47,8 +47,7 @@ class Series(NamedTuple):
 # ----------------------------------------------------------------------------------------------------------------------
 # From logs or published figures to series
 
-def series_of_logs(path: Path, name: str) -> Series:
-    side = read_side(path)
+def series_of_side(side: Side, name: str) -> Series:
     by_step = [{v.step: v for v in run.validations} for run in side.runs]
     steps = sorted(set.intersection(*map(set, by_step)))
     table = np.array([[(points[s].loss, points[s].train_ms / 60_000) for s in steps] for points in by_step])
@@ -93,7 +92,8 @@ def read_series(path: Path) -> tuple[Series, dict]:
     """One path's series, and the published data if that is where it comes from. Raises RecordError."""
     if path.is_dir() and (path / "published.json").exists() and not find_logs(path):
         return series_of_figures(path / "published.json", path.name)
-    return series_of_logs(path, path.resolve().stem if path.is_file() else path.resolve().name), {}
+    side = read_side(path)
+    return series_of_side(side, side.runs[0].name if path.is_file() else path.resolve().name), {}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
-"""Records one can trust: judge, compare, follow, draw, plan, run and file training runs, from their logs alone.
+"""Records one can trust: judge, compare, follow, show, plan, run and file training runs, from their logs alone.
 
     python records/records.py check records/2025-11-02_SmearMTP    # the rules of a record, one by one
     python records/records.py compare A B                          # loss, time, fewer steps or faster steps
+    python records/records.py report records/2025-11-02_SmearMTP   # one HTML file: claim, curves, tables
     python records/records.py power                                # how many runs a margin needs
 
 A, B and DIR are logs or folders of logs. `COMMAND --help` says more. Needs records/requirements.txt, no torch, no GPU.
@@ -18,6 +19,8 @@ import compare
 import follow
 import new
 import power
+import report
+import serve
 from inference import ALPHA, POOLED_SIGMA, POWER, TARGET
 from run_log import RecordError
 from tables import format_json
@@ -53,7 +56,8 @@ def parse(argv):
     comparing.add_argument("a", type=Path, metavar="A", help="a log, or a folder of logs: the baseline")
     comparing.add_argument("b", type=Path, metavar="B")
 
-    following = add_command(commands, "follow", lambda args: follow.follow(
+    following = add_command(commands, "follow", lambda args: serve.serve(
+        args.log, args.reference, args.port, args.json) if args.serve else follow.follow(
         args.log, args.reference, args.once, args.every, args.patience, args.json),
         "hold a live or finished log against reference runs; exit status 1 if it leaves their band")
     following.add_argument("log", type=Path)
@@ -63,6 +67,15 @@ def parse(argv):
     following.add_argument("--every", type=float, default=5.0, help="seconds between looks (%(default)s)")
     following.add_argument("--patience", type=float, default=600.0,
                            help="seconds without growth after which to stop (%(default)s)")
+
+    following.add_argument("--serve", action="store_true",
+                           help="show its report to this machine's browsers, refreshed as the log grows, until Ctrl-C")
+    following.add_argument("--port", type=int, default=0, help="with --serve (default: a free one)")
+
+    reporting = add_command(commands, "report", lambda args: report.report(args.path, args.out, args.json),
+                            "write one HTML file that opens offline: claim, curves, tables, what check found")
+    reporting.add_argument("path", type=Path, metavar="FOLDER", help="a record's folder, a folder of logs, or a log")
+    reporting.add_argument("--out", type=Path, help="the file (default: report.html in the folder; LOG.html)")
 
     plotting = add_command(commands, "plot", plot_figures, "draw loss, ms/step, lambdas and final losses as PNG files")
     plotting.add_argument("paths", type=Path, nargs="+", metavar="RUNS",
@@ -98,12 +111,14 @@ def add_planning_commands(commands) -> None:
                          help="a new folder for scripts, logs and consoles (default: logs/campaign-DATE-TIME)")
 
     filing = add_command(commands, "new", lambda args: new.new(
-        args.name, args.date, args.logs, args.baseline, args.what, args.json),
+        args.name, args.date, args.logs, args.baseline, args.what, args.json, experiment=args.experiment),
         "make records/DATE_NAME from finished logs, with tables and figures; refresh the leaderboard; check")
     filing.add_argument("name", metavar="NAME")
     filing.add_argument("--logs", type=Path, nargs="+", required=True, help="logs or folders: all runs")
     filing.add_argument("--baseline", type=Path, nargs="+", default=[], help="logs or folders of the baseline")
     filing.add_argument("--what", required=True, help="what changed and why: the README's first section")
+    filing.add_argument("--experiment", action="store_true", help="not of the record's task: make it in "
+                        "records/experiments, apart from the leaderboard")
     filing.add_argument("--date", default=time.strftime("%Y-%m-%d"), help="YYYY-MM-DD (default: today)")
 
 

@@ -4,11 +4,13 @@ A log is the script's source, a line of =, versions and nvidia-smi, a line of =,
 train_time:28554ms step_avg:228.43ms` lines, with or without further fields, and the peak memory. Our step lines state
 the tokens trained on so far and the long window of the step; other logs do not, and nothing here computes them.
 Reading is liberal: 4 or 6 decimals, train losses, steps without a clock. A last line without its end is left out, since
-it may be cut within a number. Judging is left to the rules of `check`.
+it may be cut within a number. Judging is left to the rules of `check`. A log may be compressed: `.txt.gz`, `.log.gz`.
 """
+import gzip
 import json
 import math
 import re
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +22,7 @@ FIELD = re.compile(r"([A-Za-z_]\w*):\s*(\S+)")
 NUMBER = re.compile(r"([-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|nan|inf))(ms|s)?$", re.I)
 # llm.c's lines: one run of 2024 was logged by them.
 LLM_C_LINE = re.compile(r"^s:\d+ (?:tel|trl):", re.M)
+LOG_SUFFIX = re.compile(r"\.(txt|log)(\.gz)?$")
 NOT_LOGS = ("requirements", "readme", "license", "citation")
 
 
@@ -77,6 +80,11 @@ class Run:
                    environment: Environment = Environment()) -> "Run":
         """A run of which only the final loss and time are published."""
         return cls(path, num_iterations, [Validation(num_iterations, loss, 1000 * seconds)], environment=environment)
+
+    @property
+    def name(self) -> str:
+        """The log's file name without `.txt`, `.log` and `.gz`: of our logs the run id."""
+        return LOG_SUFFIX.sub("", self.path.name)
 
     @property
     def finished(self) -> bool:
@@ -150,6 +158,9 @@ def read_text(path: Path) -> str:
     """The text of a log. Raises RecordError if there is none."""
     try:
         data = path.read_bytes()
+        data = gzip.decompress(data) if path.suffix == ".gz" and data else data
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise RecordError(f"{path} is damaged ({error}): copy the log again.") from error
     except OSError as error:
         raise RecordError(f"{path} cannot be read ({error.strerror}): name a log.") from error
     if not data.strip():
@@ -248,12 +259,13 @@ def read_log(path: Path) -> Run:
 
 
 def is_log_name(path: Path) -> bool:
-    return path.suffix in (".txt", ".log") and not path.stem.lower().startswith(NOT_LOGS)
+    return bool(LOG_SUFFIX.search(path.name)) and not path.name.lower().startswith(NOT_LOGS)
 
 
 def looks_like_log(path: Path) -> bool:
     """Whether a file claims to be a log: by its name (a run id), or by what it holds. Damaged ones do too."""
-    if path.suffix == ".log" or re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", path.stem):
+    name = path.name.removesuffix(".gz")
+    if name.endswith(".log") or re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\.txt", name):
         return True
     try:
         text = read_text(path)
@@ -292,4 +304,4 @@ def read_runs(path: Path) -> list[Run]:
         return [read_log(log) for log in logs]
     if (path / "published.json").exists():
         return read_published(path / "published.json")[0]
-    raise RecordError(f"{path} holds no logs (*.txt, *.log): name a log or a folder of logs.")
+    raise RecordError(f"{path} holds no logs (*.txt, *.log, either with .gz): name a log or a folder of logs.")

@@ -19,15 +19,15 @@ def format_markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
 
 
-def format_json(value) -> str:
-    """Strict JSON: nan and infinities become null."""
+def format_json(value, indent: int | None = 1) -> str:
+    """Strict JSON: nan and infinities become null. Without an indent, on one line and without spaces."""
     def clean(value):
         if isinstance(value, dict):
             return {str(key): clean(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [clean(item) for item in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
-    return json.dumps(clean(value), indent=1)
+    return json.dumps(clean(value), indent=indent, separators=(",", ":") if indent is None else None)
 
 
 def write_text(path: Path, text: str) -> None:

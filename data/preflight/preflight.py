@@ -1,6 +1,6 @@
 """Looks at this machine before a run: one line a subject, each ok, warning or error with the way out.
 
-    python data/preflight/preflight.py [medium|short|tiny]    # ./run.sh --check does the same
+    python data/preflight/preflight.py [medium|baseline|short|tiny|small]    # ./run.sh --check does the same
 
 Exits with 1 if anything is an error. GPUs and driver are read from nvidia-smi: torch sees none if the driver is old.
 The script that TRAIN_SCRIPT names is looked at, as run.sh runs it, or train_gpt_medium.py.
@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 ALL_REDUCE_LIMIT_S = 30
 RECORD_SECONDS, RECORD_TOKENS = 1374.7, 5535 * 524288  # 8xH100, records/2025-11-02_SmearMTP
-TINY_SECONDS = 150  # measured on 2 CPU cores
+CPU_PRESETS = ("tiny", "small")
+CPU_SECONDS_PER_TOKEN = 150 / (64 * 4096)  # tiny on 2 CPU cores, from shards to summary
 SHARD_BYTES = 1024 + 2 * 100_000_000
 LOG_BYTES = 2 * 2**20
 
@@ -72,8 +74,8 @@ def ranks_on(gpus: list[Gpu]) -> int:
 
 def check_gpus(gpus: list[Gpu], preset: str) -> Line:
     if not gpus:
-        if preset == "tiny":
-            return Line("ok", "GPUs", "none; tiny runs on the CPU")
+        if preset in CPU_PRESETS:
+            return Line("ok", "GPUs", f"none; {preset} runs on the CPU")
         return Line("error", "GPUs", f"nvidia-smi shows none and preset {preset} needs one: rent a GPU, or run tiny")
     names = ", ".join(sorted({gpu.name for gpu in gpus}))
     text = f"{len(gpus)} x {names}, {ranks_on(gpus)} of them used"
@@ -105,6 +107,12 @@ def check_torch(gpus: list[Gpu], torch) -> Line:
         return Line("error", "torch", f"{text} sees no GPU but nvidia-smi does: mend the driver, or restart the node")
     if importlib.util.find_spec("triton") is None:
         return Line("error", "torch", f"{text}, but triton is missing, which torch.compile needs: reinstall torch")
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    header = Path(sysconfig.get_path("include", "posix_prefix")) / "Python.h"
+    if compiler is None or not header.exists():
+        missing = header if compiler else "a C compiler"
+        return Line("error", "torch", f"{text}, but {missing} is missing, which triton needs to launch a kernel: "
+                                      "install gcc and Python's headers (Debian, Ubuntu: apt install gcc python3-dev)")
     import triton
     return Line("ok", "torch", f"{text}, triton {triton.__version__}")
 
@@ -120,8 +128,8 @@ def not_counted(subject: str, config, error: Exception) -> Line:
 
 def check_memory(gpus: list[Gpu], config) -> Line:
     """What the run should need (memory.py) against what is free; where it is too much, the length that fits."""
-    if config.preset == "tiny":
-        return Line("ok", "memory", "tiny, as published, takes 0.6 GiB of main memory (measured)")
+    if config.preset in CPU_PRESETS:
+        return Line("ok", "memory", f"{config.preset}, as published, takes 0.7 GiB of main memory (measured)")
     if not gpus:
         return Line("warning", "memory", "no GPU whose memory could be compared")
     import memory  # with torch, which may not load
@@ -156,9 +164,9 @@ def check_shards(config, errors: type[Exception], find_shards) -> Line:
         shards, _ = find_shards(config)
     except errors as error:
         present = {path.name.split("_")[0] for path in Path(config.data_dir).glob("*.bin")}
-        if config.preset == "tiny" and not present:
+        if config.preset in CPU_PRESETS and not present:
             return Line("warning", "shards", f"none in {config.data_dir} yet: ./run.sh makes them in seconds")
-        if config.preset != "tiny" and present <= {"fineweb"} and "missing" in str(error):
+        if config.preset not in CPU_PRESETS and present <= {"fineweb"} and "missing" in str(error):
             return Line("warning", "shards", f"not all in {config.data_dir} yet: ./run.sh fetches what is missing")
         return Line("error", "shards", str(error))
     return Line("ok", "shards", f"{len(shards)} for training and one for validation in {config.data_dir}")
@@ -168,7 +176,7 @@ def check_disk(config, num_shards: int) -> list[Line]:
     """Room for the shards that are still to come, for the log, and for checkpoints if they are on."""
     lines: list[Line] = []
     present = len(list(Path(config.data_dir).glob("*.bin")))
-    wanted = 4 * 2**20 if config.preset == "tiny" else max(num_shards + 1 - present, 0) * SHARD_BYTES
+    wanted = 4 * 2**20 if config.preset in CPU_PRESETS else max(num_shards + 1 - present, 0) * SHARD_BYTES
     subjects = [("data disk", config.data_dir, wanted), ("log disk", "logs", LOG_BYTES)]
     if config.checkpoint_every or config.checkpoint_minutes:
         import memory  # with torch, which may not load
@@ -236,9 +244,10 @@ def check_all_reduce(size: int, on_gpu: bool, limit_s: float = ALL_REDUCE_LIMIT_
 
 
 def check_duration(gpus: list[Gpu], config) -> Line:
-    if config.preset == "tiny":
-        return Line("ok", "duration", f"about {TINY_SECONDS / 60:.1f} minutes on 2 CPU cores (measured)")
     ranks, num_tokens = ranks_on(gpus), sum(map(config.batch_tokens, range(config.num_iterations)))
+    if config.preset in CPU_PRESETS:
+        minutes = CPU_SECONDS_PER_TOKEN * num_tokens / 60
+        return Line("ok", "duration", f"about {minutes:.1f} minutes on 2 CPU cores (measured at tiny)")
     minutes = RECORD_SECONDS / RECORD_TOKENS * num_tokens * 8 / ranks / 60
     return Line("ok", "duration", f"about {minutes:.0f} minutes of training on {ranks} x H100 (estimated from the "
                                   f"published run's time for a token), after minutes of compilation")
@@ -260,7 +269,7 @@ def report(preset: str) -> list[Line]:
         num_shards = machine.shards_needed(config, [])
     except Exception as error:  # its constants are made to be edited
         return [check_gpus(gpus, preset), Line("error", "script", f"cannot be used: {error}")]
-    on_gpu = bool(gpus) and torch.cuda.is_available() and preset != "tiny"
+    on_gpu = bool(gpus) and torch.cuda.is_available() and preset not in CPU_PRESETS
     return [
         check_gpus(gpus, preset),
         check_driver(gpus, torch.__version__, torch.version.cuda),

@@ -1,20 +1,49 @@
 """Real gloo processes: one optimizer path for 1, 2, 4 and 8 ranks, with equal results, and what it sends and holds."""
 import math
+from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import train_gpt_medium as tgm
-from helpers import NUM_STEPS, assert_one_run, num_bytes, random_ids, run_ranks, small_config, train_and_report, \
-    watch_a_step, write_shard, write_text_folder
+from helpers import FEW_LAYERS, NUM_STEPS, assert_one_run, give_gradients, num_bytes, random_ids, run_ranks, \
+    small_config, train_and_report, watch_a_step, write_shard, write_text_folder
 
 SIZES = (1, 2, 4, 8)
 ONE_STAGE = small_config(num_slices=8, seq_len=128, num_iterations=NUM_STEPS, val_seq_len=256, val_tokens=1024)
 
 
+class Late:
+    """A collective on a stream of its own, as late as it can be: all of it happens while its work is waited for."""
+    def __init__(self, collective, output: torch.Tensor, sent: torch.Tensor, async_op: bool):
+        self.finish, self.sent, self.before = partial(collective, output, sent), sent, sent.clone()
+        output.fill_(math.nan)
+        sent.copy_(self.before)  # which is a part of the output, where shards are gathered
+
+    def wait(self) -> None:
+        assert torch.equal(self.sent, self.before), "written before it was sent"
+        self.finish()
+
+
+def steps_with_late_collectives(world: tgm.World, config: tgm.Config, late: bool) -> dict[str, torch.Tensor]:
+    torch.manual_seed(5)
+    model = config.make_model()
+    optimizer = tgm.Optimizer(model, config, world)
+    collectives = {name: getattr(dist, name) for name in ("all_to_all_single", "all_gather_single")}
+    with patch.multiple(dist, **{name: partial(Late, run) if late else run for name, run in collectives.items()}):
+        for step in range(NUM_STEPS):
+            give_gradients(model, world, step)
+            optimizer.step(step)
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
 def report(world: tgm.World, identical: tgm.Config, distinct: tgm.Config) -> dict:
+    few_layers = tgm.replace(identical, layers=FEW_LAYERS, backout_from=1)
     return dict(identical=train_and_report(world, identical), distinct=train_and_report(world, distinct),
-                watched=watch_a_step(world, identical))
+                watched=watch_a_step(world, identical),
+                late={late: steps_with_late_collectives(world, few_layers, late) for late in (False, True)})
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +72,14 @@ def test_identical_slices_give_bitwise_equal_parameters(reports):
 @pytest.mark.parametrize("size", SIZES)
 def test_distinct_slices_of_a_growing_batch_give_the_same_update(reports, size):
     assert_one_run([rank_report["distinct"] for rank_report in reports[size]], reports[1][0]["distinct"])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_nothing_that_a_collective_reads_or_writes_is_touched_before_its_wait(reports, size):
+    """On a GPU collectives run on a stream of their own, whenever they get to it; gloo's are mostly done at once."""
+    for rank_report in reports[size]:
+        on_time, late = rank_report["late"][False], rank_report["late"][True]
+        assert [name for name, p in late.items() if not torch.equal(p, on_time[name])] == []
 
 
 def make_plan(config: tgm.Config, size: int) -> dict[str, tuple]:

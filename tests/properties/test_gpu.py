@@ -120,6 +120,7 @@ def test_no_step_waits_for_the_gpu():
             watch.note(step + 1, [loss, *(bank.grad_sum for bank in optimizer.banks.values())])
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert watch.answer.is_pinned()  # a copy into other memory waits, which the mode does not see
     watch.read()
 
 

@@ -3,7 +3,6 @@
 Tolerances are bounds on rounding: a sum of n products is off by at most n units of 2^-24 of the sum of magnitudes, and
 a result stored in a shorter dtype by half of its last place.
 """
-import json
 import os
 import subprocess
 import sys
@@ -13,8 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import kernel_specs
 import train_gpt_medium as tgm
-from helpers import DEVICE, RECORDS, relative
+from helpers import DEVICE, relative
 from plain_optimizer import NEWTON_SCHULZ_COEFFICIENTS
 
 triton = pytest.importorskip("triton", reason="triton is not installed: its interpreter runs the kernels")
@@ -180,6 +180,24 @@ def test_symmetric_products_equal_plain_torch(kernels, dtype, n, rows, K):
     assert torch.equal(B[:, mirrored], B.mT[:, mirrored])
 
 
+@pytest.mark.parametrize("name, arguments", [
+    ("cross_entropy", lambda x, ids: (x(64, 256), ids, 15.0, True)),
+    ("mlp_up", lambda x, ids: (x(64, 64), x(256, 64))),
+    ("mlp_down_grad", lambda x, ids: (x(64, 64), x(64, 256), x(64, 256).square())),
+    ("embedding_grad", lambda x, ids: (x(2, 64, 32), ids, 256)),
+    ("symmetric_product", lambda x, ids: (x(2, 128, 64), 1.0, 0.0)),
+    ("symmetric_product", lambda x, ids: (x(2, 128, 128), 1.2, -3.1))])
+@pytest.mark.parametrize("version", ["kernel", "plain"])
+def test_operations_do_what_they_declare(request, version, name, arguments):
+    """To torch.compile: shape, dtype and strides of what they return, and which tensors they overwrite."""
+    if version == "kernel":
+        request.getfixturevalue("kernels")
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    ids = torch.randint(256, (64,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    given = arguments(lambda *shape: randn(*shape, seed=1, dtype=dtype, scale=0.1), ids)
+    torch.library.opcheck(getattr(tgm, name), given, test_utils=("test_schema", "test_faketensor"))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_newton_schulz_through_the_kernel_equals_the_plain_one(kernels, monkeypatch, dtype):
     x = randn(2, 128, 192, seed=1, dtype=dtype)
@@ -193,12 +211,36 @@ def test_newton_schulz_through_the_kernel_equals_the_plain_one(kernels, monkeypa
 
 def test_kernels_compile_for_an_h100_without_spills():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, str(RECORDS / "bench" / "kernel_specs.py"), "--json"], env=environment,
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, kernel_specs.__file__], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    kernels = json.loads(done.stdout)
-    assert {k["name"].split("(")[0] for k in kernels} == {name for name in dir(tgm) if name.endswith("_kernel")}
+    kernels = kernel_specs.read_table(done.stdout)
+    assert {k.name.split("(")[0] for k in kernels} == {name for name in dir(tgm) if name.endswith("_kernel")}
     for k in kernels:
-        assert k["spill_store_bytes"] == k["spill_load_bytes"] == 0, k
-        guarded = k["name"].startswith(("mlp", "symmetric"))  # the others must fit every GPU
-        assert k["shared_bytes"] <= (tgm.HOPPER_SHARED_BYTES if guarded else 48 * 1024), k
+        assert k.registers > 0 and k.spill_store_bytes == k.spill_load_bytes == 0, k
+        guarded = k.name.startswith(("mlp", "symmetric"))  # the others must fit every GPU
+        assert k.shared_bytes <= (tgm.HOPPER_SHARED_BYTES if guarded else 48 * 1024), k
+
+
+def test_generated_kernels_compile_for_an_h100_that_is_not_there():
+    """Those of one layer. Its attention is asked to load more tiles ahead than a multiprocessor holds."""
+    kernels = kernel_specs.run_with_fake_driver("""[
+        tgm.LONG_WINDOW_KERNEL.update(fwd_num_stages=7), compile_generated(tgm.Config(
+            layers=(tgm.Layer(long_window=True),), backout_from=0, num_heads=1, vocab_size=256, doc_token=255,
+            seq_len=1024, val_seq_len=1024, coordinate_descent_tuning=False), world_sizes=(1,))][1]""")
+    assert {k.phase for k in kernels} >= {"validation", "updates-1-rank"}
+    assert all(k.num_warps > 0 and k.registers > 0 for k in kernels)
+    assert {k.name.split("_")[1] for k in kernels} == {"poi", "per", "red", "tem"}  # the kinds of Inductor's kernels
+    attention = [k for k in kernels if "flex_attention" in k.name and k.phase == "validation"]
+    assert [k.config for k in attention] == ["BLOCK_M=128,BLOCK_N=64"]
+    assert attention[0].shared_bytes >= (128 + 7 * 2 * 64) * 128 * 2  # of q, and seven times k and v
+    transposed = [k for k in kernels if "transpose" in k.name and k.phase == "updates-1-rank" and "YBLOCK" in k.config]
+    assert len({k.config for k in transposed}) > 3  # each configuration that is tried
+    with pytest.raises(tgm.UserError, match=rf"^{attention[0].name} \(BLOCK_M=128,BLOCK_N=64\) needs 2[\d,]+ bytes"):
+        kernel_specs.refuse_too_large(kernels)
+    kernel_specs.refuse_too_large(k for k in kernels if k not in attention)
+
+
+def test_what_does_not_compile_is_said(capfd):
+    with pytest.raises(tgm.UserError, match=r"^1 / 0 failed: a kernel or graph does not compile"):
+        kernel_specs.run_with_fake_driver("1 / 0")
+    assert "ZeroDivisionError" in capfd.readouterr().err

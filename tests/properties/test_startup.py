@@ -1,13 +1,15 @@
 """What is compiled before the clock starts, and that nothing is after. The backend counts and compiles nothing."""
 import re
+from datetime import timedelta
 from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._dynamo.utils import counters
 
 import train_gpt_medium as tgm
-from helpers import ALONE, CPU, as_window, random_ids, randomise, small_config
+from helpers import ALONE, CPU, TRAINER, as_window, random_ids, randomise, small_config, write_text_folder
 
 # One layer of each kind, and a second one of the first: long and short windows, with and without value embeddings.
 LAYERS = (tgm.Layer(value_embed=0, long_window=True), tgm.Layer(value_embed=0), tgm.Layer(),
@@ -52,6 +54,20 @@ def test_every_layer_may_be_a_kind_of_its_own(monkeypatch):
     assert counters["stats"]["unique_graphs"] == 5
 
 
+def test_an_edited_operation_has_graphs_of_its_own_in_the_caches(tmp_path, monkeypatch):
+    """And an edited recipe keeps those it has: torch would return the graph of the operation as it was."""
+    source, tags = TRAINER.read_text(), []
+    for old, new in ((source, source), ("Muon(lr=0.03", "Muon(lr=0.04"),
+                     ("len(logits), dtype=torch.float32)", "len(logits), dtype=torch.bfloat16)")):
+        assert old in source
+        (tmp_path / "edited.py").write_text(source.replace(old, new))
+        monkeypatch.setattr(tgm, "__file__", str(tmp_path / "edited.py"))
+        monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
+        tgm.compile_model(make_model(), whole=True, backend="aot_eager")
+        tags.append(torch.compiler.config.cache_key_tag)
+    assert tags[0] == tags[1] != tags[2]
+
+
 def test_progress_shows_every_compilation_on_rank_0(capsys):
     for rank in (0, 1):
         torch._dynamo.reset()
@@ -61,6 +77,24 @@ def test_progress_shows_every_compilation_on_rank_0(capsys):
         square(torch.ones(2, 2))  # not announced any more
         shown = r"warm-up: compilation 1 begins after \d+ s\n" if rank == 0 else ""
         assert re.fullmatch(shown, capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("device, backend", [("cpu", "gloo"), ("cuda:1", "nccl")])
+def test_ranks_wait_for_one_that_compiles_for_long(tmp_path, monkeypatch, device, backend):
+    """NCCL's default is 10 minutes, gloo's 30. A group that is bound to its GPU connects at once."""
+    given, device = {}, torch.device(device)
+
+    def init(name, **options):
+        given.update(options, backend=name)
+        raise tgm.UserError("begun")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tgm, "find_world", lambda _: tgm.World(1, 2, device))
+    monkeypatch.setattr(dist, "init_process_group", init)
+    with pytest.raises(tgm.UserError, match="begun"):
+        tgm.main(write_text_folder(tmp_path, small_config(num_slices=2)))
+    assert given.pop("timeout") > timedelta(minutes=30)
+    assert given == dict(backend=backend, device_id=device if backend == "nccl" else None)
 
 
 @pytest.mark.parametrize("whole", [True, False])

@@ -115,8 +115,9 @@ def test_presets():
         num_iterations=300, val_tokens=2 ** 20, val_seq_len=2 ** 17, val_every=50, coordinate_descent_tuning=False)}
     for name, changes in differences.items():
         assert tgm.PRESETS[name]() == tgm.replace(RECORD, preset=name, **changes), name
-    tiny = tgm.PRESETS["tiny"]()
+    tiny, small = tgm.PRESETS["tiny"](), tgm.PRESETS["small"]()
     assert (tiny.layers, tiny.groups, tiny.stages) == (RECORD.layers, RECORD.groups, RECORD.stages)
+    assert (small.layers, small.groups) == (RECORD.layers, RECORD.groups)
     assert len({tgm.num_window_blocks(step, tiny) for step in range(tiny.num_iterations)}) >= 3
     assert tiny.num_iterations > tiny.snoo.every
 

@@ -12,6 +12,7 @@ from torch.autograd import DeviceType
 
 import bench
 import helpers
+import kernel_specs
 import plain_twin
 import plan
 import pretended_gpu as pretended_gpu_module
@@ -259,7 +260,7 @@ def test_a_configuration_that_fails_is_a_row_of_the_sweep(pretended_gpu, tmp_pat
         times = [(row.get("forward_ms"), row.get("backward_ms"), row.get("failed")) for row in swept["candidates"]]
         failed = (None, None, "RuntimeError: out of resource")
         assert len(times) == 2 + 11 + 7 and times.count(failed) == 2 and times.count((1, 1, None)) == 18
-        assert swept["best"] == {"options": bench.UNTUNED, "forward_ms": 1, "backward_ms": 1}
+        assert swept["best"] == {"options": {}, "forward_ms": 1, "backward_ms": 1}
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith(f"failed: {failed[2]}  ") for line in lines) == 4 and lines[-1].startswith("failed")
 
@@ -274,7 +275,7 @@ def test_the_sweep_chooses_for_each_window_and_prints_what_to_paste(pretended_gp
 
     monkeypatch.setattr(bench, "time_attention", time_attention)
     sweep = run(tmp_path, "--sweep-attention")["attention"]
-    both = bench.UNTUNED | {
+    both = {
         "fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_stages": 4, "fwd_num_warps": 4, "bwd_BLOCK_M1": 64,
         "bwd_BLOCK_N1": 128, "bwd_BLOCK_M2": 128, "bwd_BLOCK_N2": 64, "bwd_num_stages": 2, "bwd_num_warps": 8}
     assert sweep["14"]["best"] == sweep["14"]["candidates"][-1] == {"options": both, "forward_ms": 1, "backward_ms": 3}
@@ -366,6 +367,39 @@ def test_the_readme_shows_the_modelled_step():
         assert table in readme
     ms, minutes = re.fullmatch(r"mean step (\d+) ms, ([\d.]+) minutes", summary).groups()
     assert f"{ms} ms in the mean, {minutes} minutes" in " ".join(readme.split())
+
+
+def test_a_table_of_kernels_counts_equal_ones_and_is_read_back():
+    spec = kernel_specs.CompiledKernel("validation", 4, 32, 0, 0, 1024, "XBLOCK=8,YBLOCK=4", "triton_poi_fused_add_3")
+    other = spec._replace(config="-", spill_store_bytes=8)
+    twice = [spec, spec._replace(name="triton_poi_fused_add_12")]
+    table = kernel_specs.format_table({"medium": [*twice, other], "short": [other]})
+    named = [k._replace(name="triton_poi_fused_add") for k in (spec, other)]
+    assert kernel_specs.read_table("date and versions\n\n" + table) == named
+    assert [line.split()[:2] for line in table.splitlines()] == [["medium", "short"], ["2", "0"], ["1", "1"]]
+
+
+@pytest.mark.parametrize("version", ["2.11", "2.13"])  # a rented machine's, the pinned one
+def test_every_kernel_of_a_run_has_been_compiled_for_an_h100(version):
+    folder = helpers.RECORDS / "bench"
+    text, readme = (folder / f"kernel_specs_{version}.txt").read_text(), (folder / "README.md").read_text()
+    assert f", torch {version}." in text.splitlines()[0]
+    kernels = kernel_specs.read_table(text)
+    kernel_specs.refuse_too_large(kernels)
+    by_hand = {k.name.split("(")[0] for k in kernels if k.phase == "hand-written"}
+    assert by_hand == {name for name in dir(tgm) if name.endswith("_kernel")}
+    assert {k.phase for k in kernels if "flex_attention" in k.name and k.name.startswith("triton_tem")} == {
+        "training-forward", "training-backward", "validation"}
+    assert {k.phase for k in kernels if k.name.startswith("triton_poi")} == {
+        "training-forward", "training-backward", "validation", "updates-1-rank", "updates-8-ranks"}
+    assert all(k.name in readme for k in kernels if k.spill_store_bytes + k.spill_load_bytes)
+
+
+@pytest.mark.parametrize("arguments, sentence", [(["shrt"], "'shrt' is not a preset"), (["short"], "a CUDA build")])
+def test_presets_that_cannot_be_compiled_get_a_sentence(monkeypatch, arguments, sentence):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(tgm.UserError, match=sentence):
+        kernel_specs.main(arguments)
 
 
 @pytest.mark.record

@@ -98,7 +98,7 @@ def test_what_all_ranks_of_torchrun_refuse_is_said_once(tmp_path, ranks, sentenc
 
 def test_torchrun_starts_two_processes(tmp_path):
     """The real launcher over the trainer's own guard, with the preset cut to two steps."""
-    source = TRAINER.read_text().replace('Config, preset="tiny", ', 'Config, preset="tiny", seed=3, ').replace(
+    source = TRAINER.read_text().replace('preset="tiny", ', 'preset="tiny", seed=3, ').replace(
         "num_iterations=64,", "num_iterations=2,")
     (tmp_path / "train.py").write_text(source)
     write_shard(tmp_path / "data" / "text" / "text_train_000001.bin", random_ids(2 * 4096 + 1, small_config()))
@@ -113,12 +113,12 @@ def test_torchrun_starts_two_processes(tmp_path):
 
 def test_help_and_unknown_presets():
     done = run("bash", "run.sh", "--help")
-    assert done.returncode == 0 and done.stdout.startswith("usage: ./run.sh [medium|baseline|short|tiny]")
+    assert done.returncode == 0 and done.stdout.startswith("usage: ./run.sh [medium|baseline|short|tiny|small]")
     done = run("bash", "run.sh", "huge")
     assert done.returncode == 1 and "'huge' is not a preset" in done.stderr
     done = run(sys.executable, TRAINER, "huge")
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "choose one of medium, baseline, short, tiny" in done.stderr
+    assert "choose one of medium, baseline, short, tiny, small" in done.stderr
 
 
 def test_an_active_environment_that_satisfies_the_requirements_is_used():

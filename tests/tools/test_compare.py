@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 import compare
 import plot
 import records
 import synthetic_logs as logs
 from helpers import RECORDS
-from run_log import RecordError
+from run_log import RecordError, Run, Validation
 
 A = [logs.Spec(loss=2.9192 + 0.0001 * i, seed=100 + i, num_iterations=210, ms_per_step=222.0) for i in range(4)]
 B = [logs.Spec(loss=2.9185 + 0.0001 * i, seed=i) for i in range(4)]
@@ -118,6 +119,30 @@ def test_loss_difference_and_its_worth_in_steps(sides):
     last = r["loss_at_equal"]["step"][-1]
     assert last["step"] == 200 and last["loss_b"] - last["loss_a"] == pytest.approx(
         np.mean([logs.curve(200, s) for s in B]) - np.mean([logs.curve(200, s) for s in A]), abs=2e-6)
+
+
+def hand_made(name: str, *last_losses: tuple[float, float]) -> compare.Side:
+    """Runs of 100 steps, validated at 0, 50 and 100; the losses at the latter two."""
+    runs = [Run(Path(name), 100, [Validation(step, loss, step) for step, loss in ((0, 5.0), (50, middle), (100, end))])
+            for middle, end in last_losses]
+    return compare.side_of(runs, name, Path(name))
+
+
+def test_steps_at_equal_loss():
+    """A's mean at the end is 3.0, and its mean curve falls by 0.02 a step: a run 0.1 above that takes 5 steps more."""
+    a, b = hand_made("a", (4.0, 3.1), (4.0, 2.9)), hand_made("b", (3.2, 2.8), (3.0, 2.7))
+    steps_a, steps_b = [105, 50 + 50 / 1.1], [75, 50]
+    for sides, steps, above in (((a, b), (steps_a, steps_b), (1, 0)), ((b, a), (steps_b, steps_a), (0, 1))):
+        r = compare.compare_sides(*sides)
+        found, expected = r["steps_at_equal_loss"], stats.ttest_ind(*reversed(steps), equal_var=False)
+        difference, interval = found["difference"], expected.confidence_interval(0.95)
+        assert found["loss"] == pytest.approx(3.0) and (found["above_a"], found["above_b"]) == above
+        assert [found["steps_a"], found["steps_b"]] == pytest.approx([np.mean(s) for s in steps])
+        assert difference == pytest.approx({"value": np.mean(steps[1]) - np.mean(steps[0]), "low": interval.low,
+                                                     "high": interval.high, "p": expected.pvalue})
+        assert f"1 of 2 runs of {'AB'[above[1]]} end above it" in compare.report(r)
+    flat = compare.compare_sides(hand_made("a", (3.2, 3.3), (2.9, 2.9)), b)["steps_at_equal_loss"]
+    assert math.isnan(flat["difference"]["value"])  # a curve that does not fall cannot be continued
 
 
 @pytest.mark.parametrize("name, value", [("torch", "2.9.0+cu126"), ("driver", "570.1"), ("gpus", ("NVIDIA H200",) * 8)])

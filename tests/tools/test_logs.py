@@ -1,4 +1,5 @@
 """records/run_log.py: the logs of two years are read, and damaged ones end in one sentence."""
+import gzip
 import math
 import re
 from dataclasses import replace
@@ -175,3 +176,18 @@ def test_which_files_are_logs(tmp_path):
         "run.log", "a.txt", "0a1b2c3d-0000-0000-0000-000000000000.txt"}
     with pytest.raises(RecordError, match="does not exist"):
         find_logs(tmp_path / "none")
+
+
+def test_a_compressed_log_is_the_log(tmp_path, capsys):
+    """Read, found and compared as it was; cut or damaged, it ends in one sentence."""
+    plain = logs.write_log(tmp_path / "plain", SPEC)
+    for name in (plain.name + ".gz", "x.log.gz"):
+        path = tmp_path / name
+        path.write_bytes(gzip.compress(plain.read_bytes()))
+        assert path in find_logs(tmp_path) and replace(read_log(path), path=plain) == read_log(plain)
+    assert read_log(tmp_path / f"{plain.name}.gz").name == read_log(plain).name == SPEC.run_id
+    for content in (path.read_bytes()[:-100], b"no gzip", path.read_bytes()[:40] + b"\xff" * 40):
+        path.write_bytes(content)
+        assert records.main(["compare", str(path), str(path)]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.count("\n") == 1 and "is damaged" in captured.err

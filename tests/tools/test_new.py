@@ -1,4 +1,6 @@
 """records/new.py: a folder made of logs keeps every rule, and the leaderboard is the tool's own."""
+import gzip
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +49,25 @@ def test_a_new_folder_keeps_every_rule(records_folder, capsys):
     assert "holds: every rule is kept" in capsys.readouterr().out
 
 
+def test_an_experiment_stays_apart_and_is_not_held_to_the_records_task(records_folder, tmp_path, capsys):
+    """Runs of another task: a loss above the target, on a CPU. Its other rules still count."""
+    before = (records_folder / "README.md").read_text()
+    runs = [replace(spec, gpus=(), loss=spec.loss + 2) for spec in logs.record_specs()]
+    for spec in runs:
+        logs.write_log(tmp_path / "runs", spec)
+    arguments = ("X", "2026-01-02", [tmp_path / "runs"], [], "A question.", True)
+    assert new.new(*arguments, records_folder, experiment=True) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["verdict"].startswith("an experiment: ") and "target" not in report["statistics"]
+    readme = (records_folder / "experiments" / "2026-01-02_X" / "README.md").read_text()
+    assert "| mean loss +- std (nats/token) | 4.918519" in readme and "2.92" not in readme
+    assert (records_folder / "README.md").read_text() == before
+    assert new.new(*arguments, records_folder) == 1  # as a record it would not hold
+    again = records_folder / "experiments" / "2026-01-02_X" / "again.txt"  # a run of the same seed
+    again.write_text(logs.log_text(replace(runs[0], loss=5.0)))
+    assert check.check(again.parent, check.Limits(), True) == 1
+
+
 def test_the_leaderboard_gets_a_row_and_keeps_the_others(records_folder):
     before = (records_folder / "README.md").read_text()
     make(records_folder)
@@ -80,3 +101,18 @@ def test_a_log_given_twice_is_refused(records_folder):
     log = logs.write_log(records_folder.parent, logs.Spec())
     with pytest.raises(RecordError, match="counts once"):
         new.new("X", "2026-01-02", [log, log], [], "-", False, records_folder)
+
+
+def test_a_large_folder_is_compressed_and_read_all_the_same(records_folder, monkeypatch):
+    make(records_folder)
+    monkeypatch.setattr(new, "MAX_BYTES", 300_000)
+    make(records_folder, "Compressed")
+    plain, compressed = (records_folder / f"2026-01-02_{name}" for name in ("Made-up", "Compressed"))
+    names = sorted(path.relative_to(plain) for path in plain.rglob("*.txt"))
+    assert sorted(path.relative_to(compressed) for path in compressed.rglob("*.txt*")) == [
+        Path(f"{name}.gz") for name in names] and len(names) == 12
+    assert [gzip.decompress((compressed / f"{name}.gz").read_bytes()) for name in names] == [
+        (plain / name).read_bytes() for name in names]
+    verdicts = [[(f.rule.id, f.status) for f in check.apply_rules(check.read_folder(folder), check.Limits())]
+                for folder in (plain, compressed)]
+    assert verdicts[0] == verdicts[1]

@@ -63,6 +63,22 @@ def test_driver_line_says_which_build_fits(driver, cuda, status, words):
     assert line.status == status and words in line.text
 
 
+@pytest.mark.parametrize("compilers, header, words", [
+    (["gcc"], True, "triton "), (["clang"], True, "triton "), ([], True, "a C compiler is missing"),
+    (["gcc"], False, "Python.h is missing")])
+def test_torch_line_says_what_triton_cannot_do_without(tmp_path, monkeypatch, compilers, header, words):
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(preflight.shutil, "which", lambda name: name if name in compilers else None)
+    monkeypatch.setattr(preflight.sysconfig, "get_path", lambda *_: str(tmp_path))
+    if header:
+        (tmp_path / "Python.h").touch()
+    torch = SimpleNamespace(__version__="2.13.0", version=SimpleNamespace(cuda="13.0"),
+                            cuda=SimpleNamespace(is_available=lambda: True))
+    line = preflight.check_torch([H100], torch)
+    assert line.status == ("ok" if "triton " == words else "error") and words in line.text
+
+
 def card(total_gib: int, free_gib: int | None = None) -> preflight.Gpu:
     return H100._replace(total_mib=1024 * total_gib, free_mib=1024 * (total_gib if free_gib is None else free_gib))
 

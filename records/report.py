@@ -1,0 +1,439 @@
+"""`report`: one HTML file of a folder or a log, which opens offline: claim, charts, tables, and findings of `check`.
+
+This module gathers what the logs say, report/report.js draws it. Numbers become text here, as other tools print them.
+"""
+import base64
+import difflib
+import hashlib
+import html
+import math
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+import check
+import compare
+from compare import Side
+from inference import ALPHA, CONFIDENCE, TARGET, Interval, against_target, format_p, mean_interval, std
+from plot import Series, read_series, series_of_side
+from run_log import LOG_SUFFIX, RecordError, Run, read_log
+from tables import format_json, write_text
+
+PARTS = Path(__file__).resolve().parent / "report"
+POINTS_OF_ALL = 24_000  # of one series by step, over all runs: so many that 52 runs stay well below 1 MB
+MIN_POINTS, MAX_POINTS = 100, 2_000  # of one run
+MAX_DIFF_LINES = 3_000
+MACHINE = {"hardware": "hardware", "torch": "torch", "CUDA": "cuda", "driver": "driver", "Python": "python"}
+
+
+class Group(NamedTuple):
+    """Runs of one role. `side` are those that statistics count, None if there are none; `series` are their means."""
+    label: str
+    runs: list[Run]
+    side: Side | None = None
+    series: Series | None = None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs by role
+
+def group_of(label: str, runs: list[Run], path: Path) -> Group:
+    try:
+        side = compare.side_of(runs, label, path)
+    except RecordError:  # none finished, or of several lengths: curves, and no statistics
+        return Group(label, runs)
+    return Group(label, runs, side, series_of_side(side, label))
+
+
+def groups_of(folder: check.Folder) -> list[Group]:
+    """Of a record's folder or a campaign's: A (a baseline), B, then others, failed ones last."""
+    path = folder.path
+    if folder.published:
+        group = group_of("all", folder.record, path)
+        return [group._replace(series=read_series(path)[0]) if "smear_mtp" in folder.published else group]
+    roles: dict[str, list[Run]] = {}
+    for run in folder.logs:
+        roles.setdefault(check.role_of(run.path, path), []).append(run)
+    failed = roles.pop("failed", [])
+    if "baseline" in roles and not {"A", "B"} & roles.keys():
+        roles["A"] = roles.pop("baseline")
+        others = sorted(roles.keys() - {"A"}, key=lambda name: name != "record")
+        if others and (others[0] == "record" or len(others) == 1):
+            roles["B"] = roles.pop(others[0])
+    if len(roles) == 1:
+        roles = {"all": runs for runs in roles.values()}
+    labels = sorted(roles, key=lambda label: (label not in ("A", "B"), label))
+    return [group_of(label, roles[label], path) for label in labels] + ([Group("failed", failed)] if failed else [])
+
+
+def sides_of(groups: list[Group]) -> tuple[Group, Group] | None:
+    """A and B, if both have runs that count."""
+    by_label = {group.label: group for group in groups if group.side}
+    return (by_label["A"], by_label["B"]) if {"A", "B"} <= by_label.keys() else None
+
+
+def judged_of(groups: list[Group], folder: check.Folder | None, findings: list[check.Finding]) -> Group | None:
+    """The runs that the target is for, if their loss is the record's: on its validation tokens and real data by
+    `check`, or published."""
+    broken = {finding.rule.id for finding in findings if finding.status == "broken"}
+    if folder is None or broken & {"val-tokens", "data"}:
+        return None
+    return next((group for group in groups if group.side and group.label in ("B", "record", "all")), None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The claim
+
+def plural(count: int) -> str:
+    return f"{count} run{'s' * (count != 1)}"
+
+
+def typeset(text: str) -> str:
+    """A minus in place of a hyphen before a number or between spaces; `p = ...` on one line."""
+    return re.sub(r"(?<![\w.-])-(?=\d)|(?<= )-(?= )", "\N{MINUS SIGN}", text).replace("p = ", "p\xa0=\xa0")
+
+
+def in_words(interval: Interval, spec: str) -> str:
+    if math.isnan(interval.low):
+        return "no interval, no test: a side has one run"
+    return (f"{CONFIDENCE:.0%} interval of B - A: {interval.low:{spec}} to {interval.high:{spec}}, "
+            f"p = {format_p(interval.p)}")
+
+
+def claim_of_losses(losses: list[float]) -> str:
+    low, high = mean_interval(losses)
+    interval = f" ({CONFIDENCE:.0%} interval {low:.6f} to {high:.6f})" if math.isfinite(low) else ""
+    ends = "ends at a loss of" if len(losses) == 1 else "end at a mean loss of"
+    return f"{plural(len(losses))} {ends} {np.mean(losses):.6f} nats/token{interval}"
+
+
+def claim_of_target(group: Group) -> str:
+    test, claim = against_target(group.side.losses), claim_of_losses(group.side.losses)
+    if math.isnan(test.t_p):
+        return f"{claim}: no test against the target of {TARGET} without two runs that differ."
+    shown = f"below the target of {TARGET}" if test.t_p < ALPHA else f"not shown to be below {TARGET}"
+    return f"{claim}, {shown}: p = {format_p(test.t_p)}."
+
+
+def claims_of_difference(a: Group, b: Group, r: dict) -> list[str]:
+    """Loss, steps at equal loss, and time of B against A, whatever their signs."""
+    loss, seconds = Interval(**r["loss_difference"]), Interval(**r["seconds_difference"])
+    claims = ["No difference in loss is shown: " * (loss.p >= 1 - CONFIDENCE)
+              + f"B ends {abs(loss.value):.6f} nats/token {'below' if loss.value < 0 else 'above'} A: mean "
+              f"{r['b']['loss_mean']:.6f} of {plural(r['b']['n'])} against {r['a']['loss_mean']:.6f} of {r['a']['n']} "
+              f"({in_words(loss, '+.6f')})."]
+    if "steps_at_equal_loss" in r:
+        steps = Interval(**r["steps_at_equal_loss"]["difference"])
+        if math.isfinite(steps.value):
+            more = "fewer" if steps.value < 0 else "more"
+            claims.append(f"At equal loss B takes {abs(steps.value):.1f} steps {more} ({in_words(steps, '+.1f')}): "
+                          f"steps {compare.describe_equal_loss(r)}.")
+    if math.isfinite(seconds.value):
+        claims.append(f"B's training takes {abs(seconds.value):.3f} s {'less' if seconds.value < 0 else 'more'} "
+                      f"({in_words(seconds, '+.3f')}).")
+    return claims
+
+
+def claims_of(groups: list[Group], judged: Group | None, r: dict | None) -> list[str]:
+    """Sentences; the first is the headline."""
+    claims = [claim_of_target(judged)] if judged else []
+    sides = sides_of(groups)
+    if sides:
+        claims += claims_of_difference(*sides, r)
+    elif not claims:
+        claims = [f"{group.label}: " * (len(groups) > 1) + claim_of_losses(group.side.losses) + "."
+                  for group in groups if group.side]
+    lengths = {run.num_iterations for group in groups for run in group.runs if run.finished}
+    if not claims and lengths:
+        claims = [f"The runs are of {', '.join(map(str, sorted(lengths)))} steps: there is no mean over them."]
+    running = [run for group in groups for run in group.runs if not run.finished and group.label != "failed"]
+    for run in running if len(running) < 4 else []:
+        last = f", validation loss {run.final_loss:.6f} at step {run.validations[-1].step:,}" if run.validations else ""
+        claims.append(f"{run.name} is at step {run.last_step:,} of {run.num_iterations:,}{last}.")
+    return claims + ([f"{len(running)} runs have not finished."] if len(running) > 3 else [])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables
+
+def table(caption: str, header: list[str], rows: list[list[str]], is_quoted: bool = False) -> dict:
+    """is_quoted: the cells are the logs' own words, which stay as they are."""
+    cells = rows if is_quoted else [[typeset(cell) for cell in row] for row in rows]
+    return {"caption": typeset(caption), "header": [typeset(cell) for cell in header], "rows": cells}
+
+
+def or_blank(value: float, spec: str) -> str:
+    return format(value, spec) if math.isfinite(value) else ""
+
+
+def sides_table(groups: list[Group]) -> dict:
+    rows = []
+    for group in (group for group in groups if group.side):
+        losses, seconds, steps = group.side.losses, group.side.seconds, group.side.num_iterations
+        low, high = mean_interval(losses)
+        rows.append([group.label, str(len(losses)), f"{steps:,}", f"{np.mean(losses):.6f}",
+                     or_blank(std(losses), ".6f"), f"{low:.6f} to {high:.6f}" if math.isfinite(low) else "",
+                     or_blank(np.mean(seconds), ".3f"), or_blank(std(seconds), ".3f"),
+                     or_blank(1000 * np.mean(seconds) / max(steps, 1), ".2f")])
+    return table("Runs that finished", ["", "n", "steps", "mean loss", "std", f"{CONFIDENCE:.0%} interval",
+                                        "mean time (s)", "std", "ms/step"], rows)
+
+
+def difference_table(r: dict) -> dict:
+    rows = [("final loss (nats/token)", r["loss_difference"], "+.6f"),
+            ("training time (s)", r["seconds_difference"], "+.3f"),
+            *((f"of which {compare.PARTS[name]} (s)", part, "+.3f")
+              for name, part in r.get("decomposition", {}).items())]
+    if "steps_at_equal_loss" in r:
+        rows.append(("steps at equal loss", r["steps_at_equal_loss"]["difference"], "+.1f"))
+    return table("B - A, Welch's intervals over runs", ["", "difference", f"{CONFIDENCE:.0%} interval", "p"], [
+        [name, format(i["value"], spec), *([f"{i['low']:{spec}} to {i['high']:{spec}}", format_p(i["p"])]
+                                           if math.isfinite(i["low"]) else ["", ""])]
+        for name, i, spec in rows if math.isfinite(i["value"])])
+
+
+def equal_tables(r: dict) -> list[dict]:
+    """Loss at equal step, time and tokens."""
+    names = {"step": ("step", ",d"), "time": ("seconds", ",.1f"), "tokens": ("tokens", ",.0f")}
+    found = ((key, *names[key], rows) for key, rows in r.get("loss_at_equal", {}).items() if rows)
+    return [table(f"Loss at equal {key}", [name, "A", "B", "B - A"], [
+        [format(row[name], spec), f"{row['loss_a']:.6f}", f"{row['loss_b']:.6f}",
+         f"{row['loss_b'] - row['loss_a']:+.6f}"] for row in rows]) for key, name, spec, rows in found]
+
+
+def step_time_table(r: dict, labels: list[str]) -> dict | None:
+    """ms per step by window, or by share of the run where logs do not state it; for one side, its own columns alone."""
+    for key, title, names in (("window", "at equal window and batch", ["tokens of a batch", "window (blocks)"]),
+                              ("share", "at equal share of the run: the logs do not state windows", ["share"])):
+        rows, sides, both = r.get(f"ms_per_step_at_equal_{key}"), "ab"[:len(labels)], len(labels) > 1
+        if rows:
+            header = [*names, *(f"{what} {label}".strip() for what in ("steps", "ms/step") for label in labels)]
+            return table(f"ms/step {title}", header + ["B - A"] * both, [
+                [*compare.name_row(row), *(f"{row[f'steps_{side}']:,}" for side in sides),
+                 *(or_blank(row[f"ms_{side}"], ".2f") for side in sides),
+                 *[or_blank(row["ms_b"] - row["ms_a"], "+.2f")] * both] for row in rows])
+    return None
+
+
+def values_of(runs: list[Run], value) -> str:
+    """What all runs share, or all that there is."""
+    found = sorted({str(value(run)) for run in runs})
+    return "; ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+
+
+def places_of(groups: list[Group], folder: check.Folder | None) -> str:
+    """Where the logs of several groups lie."""
+    if folder is None or len(groups) < 2:
+        return ""
+    places = [sorted({run.path.parent.relative_to(folder.path) for run in group.runs}) for group in groups]
+    return " ".join(f"{group.label}: {', '.join(f'{place}/' if place.name else 'this folder' for place in found)}."
+                    for group, found in zip(groups, places))
+
+
+def machine_table(groups: list[Group]) -> dict:
+    rows = [[name, *(values_of(group.runs, lambda run: getattr(run.environment, attribute) or "not stated")
+                     for group in groups)] for name, attribute in MACHINE.items()]
+    rows.append(["peak memory (MiB)", *(values_of(group.runs, lambda run: run.peak_memory_mib or "not stated")
+                                        for group in groups)])
+    return table("Hardware and versions", ["", *(group.label for group in groups)], rows, is_quoted=True)
+
+
+def constants_tables(groups: list[Group]) -> list[dict]:
+    """Constants that differ between or within groups, then those that all runs share; the seed is each run's own."""
+    names = dict.fromkeys(name for group in groups for run in group.runs for name in run.constants)
+    names.pop("drawn seed", None)
+    rows = [[name, *(values_of(group.runs, lambda run: run.constants.get(name, "not stated")) for group in groups)]
+            for name in names]
+    shared = [row for row in rows if len({*row[1:]}) == 1 and len({
+        run.constants.get(row[0]) for group in groups for run in group.runs}) == 1]
+    return [table("Constants that differ", ["constant", *(group.label for group in groups)],
+                  [row for row in rows if row not in shared], is_quoted=True),
+            table("Constants that all runs share", ["constant", "value"], [row[:2] for row in shared], is_quoted=True)]
+
+
+def source_difference(a: Group, b: Group) -> dict:
+    """A unified diff from A's source to B's, line by line, and a sentence on it."""
+    sources = [list(dict.fromkeys(run.source for run in group.runs)) for group in (a, b)]
+    several = [f"{group.label}'s runs have {len(found)} different sources, the first is shown"
+               for group, found in zip((a, b), sources) if len(found) > 1]
+    lines = list(difflib.unified_diff(*(found[0].splitlines() for found in sources), "A", "B", lineterm=""))
+    changed = [sum(line.startswith(sign) for line in lines[2:]) for sign in "-+"]
+    note = f"From A to B: {changed[0]} lines removed, {changed[1]} added" if lines else "A and B have the same source"
+    cut = [f"{len(lines) - MAX_DIFF_LINES} further lines are left out"] if len(lines) > MAX_DIFF_LINES else []
+    return {"note": "; ".join([note, *several, *cut]) + ".", "lines": lines[:MAX_DIFF_LINES]}
+
+
+def check_section(folder: check.Folder, findings: list[check.Finding]) -> dict:
+    rows = [[f.rule.severity, f.rule.id, message, f.rule.why] for f in findings if f.status == "broken"
+            for message in f.messages]
+    kept = {words: [f.rule.id for f in findings if f.status == status]
+            for status, words in (("ok", "Kept"), ("not applicable", "Not applicable"))}
+    return {"verdict": check.verdict_of(folder, findings),
+            "kept": " ".join(f"{words}: {', '.join(ids)}." for words, ids in kept.items() if ids),
+            "table": table("Rules that are broken", ["severity", "rule", "found", "why"], rows, is_quoted=True)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Curves
+
+def plain(values) -> list:
+    """Numbers as short as the log prints them: nan becomes null, 248.0 becomes 248."""
+    return [None if not math.isfinite(v) else int(v) if v == int(v) else float(f"{v:.9g}") for v in map(float, values)]
+
+
+def thin(x: np.ndarray, y: np.ndarray, points: int) -> dict:
+    """At most `points` of a curve, and two more: first, last, and the lowest and highest of each equal stretch.
+
+    So no peak is lost, and what is kept is exact.
+    """
+    known = np.isfinite(y)
+    x, y = x[known], y[known]
+    if len(x) > points:
+        edges = np.linspace(0, len(x), points // 2 + 1).astype(int)
+        kept = {0, len(x) - 1}
+        for begin, end in zip(edges, edges[1:]):
+            kept |= {begin + int(y[begin:end].argmin()), begin + int(y[begin:end].argmax())}
+        x, y = x[sorted(kept)], y[sorted(kept)]
+    return {"x": plain(x), "y": plain(y)}
+
+
+def field_of(run: Run, name: str, points: int) -> dict:
+    """A further number of the step lines; runs of equal neighbours lose their middle, which a line shows as well."""
+    steps = np.array([step for step in run.step_fields if name in run.step_fields[step]])
+    values = np.array([run.step_fields[step][name] for step in steps])
+    inner = (values[1:-1] == values[:-2]) & (values[1:-1] == values[2:])
+    kept = np.concatenate([[True], ~inner, [True]]) if len(steps) > 2 else np.ones(len(steps), bool)
+    return thin(steps[kept], values[kept], points)
+
+
+def curves_of(run: Run, points: int) -> dict:
+    """What the charts draw of one run: every validation, thinned series by step, and what the legend says."""
+    durations = run.step_durations()[:run.last_step]
+    names = dict.fromkeys(name for v in run.validations for name in v.extras)
+    fields = dict.fromkeys(name for fields in run.step_fields.values() for name in fields if name != "tokens")
+    timed = run.step_ms or len(run.validations) > 2
+    return {"name": run.name, "step": [v.step for v in run.validations], "loss": plain(v.loss for v in run.validations),
+            "ms": plain(v.train_ms for v in run.validations),
+            "scalars": {name: plain(v.extras.get(name, math.nan) for v in run.validations) for name in names},
+            "fields": {name: field_of(run, name, points) for name in fields},
+            "step_ms": thin(np.arange(1, len(durations) + 1), durations, points) if timed else None}
+
+
+def mean_of(group: Group) -> dict | None:
+    series = group.series
+    if series is None or len(series.steps) < 2 or len(series.runs) < 2:
+        return None
+    edges, ms = series.step_times[:2] if series.step_times else ([], [])
+    return {"label": f"{group.label}, ".removeprefix("all, ") + f"mean of {len(series.runs)} runs",
+            "step": plain(series.steps), "loss": plain(np.round(series.losses, 7)),
+            "ms": plain(np.round(60_000 * series.minutes, 1)),
+            "scalars": {name: plain(np.round(mean, 7)) for name, (mean, _) in series.extras.items()},
+            "step_ms": {"x": plain(edges), "y": plain(np.round(ms, 3))} if len(edges) else None}
+
+
+def describe_group(group: Group, points: int) -> dict:
+    """A group as the page holds it. A field that all its runs state alike stands once, at the group."""
+    runs = [curves_of(run, points) for run in group.runs]
+    fields = {name for run in runs for name in run["fields"]}
+    shared = {name: runs[0]["fields"][name] for name in sorted(fields)
+              if all(run["fields"].get(name) == runs[0]["fields"].get(name) for run in runs)} if len(runs) > 1 else {}
+    for number, (run, log) in enumerate(zip(runs, group.runs), 1):
+        run["fields"] = {name: field for name, field in run["fields"].items() if name not in shared}
+        if not LOG_SUFFIX.search(log.path.name):  # published figures
+            run["name"] = f"run {number}"
+        run["counts"] = bool(group.side) and any(log is counted for counted in group.side.runs)
+    losses = group.side.losses if group.side else []
+    low, high = mean_interval(losses) if len(losses) > 1 else (math.nan, math.nan)
+    return {"label": group.label, "runs": runs, "mean": mean_of(group), "fields": shared,
+            "final": {"mean": float(np.mean(losses)), "low": low, "high": high} if losses else None}
+
+
+def runs_table(groups: list[Group], described: list[dict]) -> dict:
+    rows = [[group.label, run["name"], log.constants.get("drawn seed", ""),
+             "finished" if log.finished else f"step {log.last_step:,} of {log.num_iterations:,}",
+             *([f"{log.final_loss:.6f}", or_blank(log.train_seconds, ".3f")] if log.validations else ["", ""])]
+            for group, of_group in zip(groups, described) for log, run in zip(group.runs, of_group["runs"])]
+    return table("Every run", ["", "run", "seed", "end", "last loss", "train time (s)"], rows)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The page
+
+def gather(path: Path) -> dict:
+    """Everything that the page shows of a folder or a log. Raises RecordError if there is nothing to show."""
+    if not path.is_dir():
+        run = read_log(path)
+        return assemble(run.name, [group_of("log", [run], path)], None, [])
+    folder = check.read_folder(path)
+    groups = groups_of(folder)
+    if not groups:
+        raise RecordError(f"{path} holds no log that can be read and no published figures: name a record's folder.")
+    return assemble(path.resolve().name, groups, folder, check.apply_rules(folder, check.Limits()))
+
+
+def assemble(title: str, groups: list[Group], folder: check.Folder | None, findings: list[check.Finding]) -> dict:
+    sides = sides_of(groups)
+    r = compare.compare_sides(*(group.side for group in sides)) if sides else None
+    judged = judged_of(groups, folder, findings)
+    claims = [typeset(claim) for claim in claims_of(groups, judged, r)]
+    logged = [group for group in groups if any(run.source or run.constants for run in group.runs)]
+    shown = sides or [group for group in groups if group.side and group.side.has_curve][:1]
+    times = r if sides else compare.explain_times(shown[0].side, shown[0].side) if shown and np.isfinite(
+        shown[0].series.minutes).all() else {}
+    runs = [run for group in groups for run in group.runs]
+    points = min(max(POINTS_OF_ALL // max(len(runs), 1), MIN_POINTS), MAX_POINTS)
+    described = [describe_group(group, points) for group in groups]
+    return {
+        "title": title, "headline": claims[0] if claims else "No run has finished.", "sentences": claims[1:],
+        "groups": described, "target": TARGET if judged else None,
+        "thinning": f"Every validation is here. Series by step keep the lowest and the highest point of every stretch, "
+                    f"{points:,} points a run at most: no peak is lost." if any(run.step_ms for run in runs) else "",
+        "sides": sides_table(groups), "places": places_of(groups, folder),
+        "difference": difference_table(r) if r else None, "equal": equal_tables(r) if r else [],
+        "warnings": r["warnings"] if r else [],
+        "step_times": step_time_table(times, ["A", "B"] if sides else [""]),
+        "constants": constants_tables(logged) if logged else [],
+        "source": source_difference(*sides) if sides and all(run.source for g in sides for run in g.runs[:1]) else None,
+        "machine": machine_table(groups), "runs": runs_table(groups, described),
+        "check": check_section(folder, findings) if folder else None}
+
+
+def script_json(data: dict) -> str:
+    """JSON that no HTML parser ends early."""
+    return format_json(data, indent=None).replace("<", "\\u003c")
+
+
+def read_parts() -> dict[str, str]:
+    """The page's parts: ours, and the library of the charts."""
+    names = {"style": ("uPlot.min.css", "report.css"), "script": ("uPlot.iife.min.js", "report.js"),
+             "licence": ("uPlot.LICENSE",), "page": ("report.html",)}
+    return {part: "".join((PARTS / name).read_text(encoding="utf-8") for name in files)
+            for part, files in names.items()}
+
+
+def policy(parts: dict[str, str], connect: str) -> str:
+    """A content security policy: this style and this script alone, no request but to `connect`."""
+    digests = (base64.b64encode(hashlib.sha256(parts[name].encode()).digest()).decode() for name in ("style", "script"))
+    return ("default-src 'none'; style-src 'sha256-{}'; script-src 'sha256-{}'; img-src data:; base-uri 'none'; "
+            "form-action 'none'; connect-src {}").format(*digests, connect)
+
+
+def render(data: dict, parts: dict[str, str], live: bool = False) -> str:
+    """The page. `live`: it asks for data.json again and again."""
+    values = parts | {"title": html.escape(data["title"]), "headline": html.escape(data["headline"]),
+                      "data": script_json(data | {"live": live}),
+                      "policy": html.escape(policy(parts, "'self'" if live else "'none'"))}
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], parts["page"])
+
+
+def report(path: Path, out: Path | None, as_json: bool) -> None:
+    """Writes the report of a folder into it, of a log beside it, or to `out`. Raises RecordError."""
+    out = out or (path / "report.html" if path.is_dir() else path.with_name(LOG_SUFFIX.sub("", path.name) + ".html"))
+    text = render(gather(path), read_parts())
+    try:
+        write_text(out, text)
+    except OSError as error:
+        raise RecordError(f"{out} cannot be written ({error.strerror}): name another file with --out.") from error
+    print(format_json({"report": str(out), "bytes": len(text.encode())}) if as_json else out)
