@@ -70,7 +70,7 @@ GROUP_PATTERNS = {
     "elementwise and norms": r"^triton_|elementwise|reduce_kernel",
 }
 
-# What the script's LONG_ and SHORT_WINDOW_KERNEL are until a sweep decides. A token sees itself, so no row is empty.
+# The dictionaries of the script that a sweep chooses, and their windows
 SWEPT_WINDOWS = {"LONG_WINDOW_KERNEL": 14, "SHORT_WINDOW_KERNEL": 7}  # in the middle of the run
 # Forward: BLOCK_M, BLOCK_N, stages, warps. Backward: BLOCK_M1, BLOCK_N1, BLOCK_M2, BLOCK_N2, stages, warps.
 FORWARD_BLOCKS = ((128, 128, 2, 8), (128, 128, 1, 8), *((128, 64, stages, warps) for stages in (2, 3, 4)
@@ -505,9 +505,12 @@ def time_attention(options: dict, qkv: tuple[Tensor, ...], dy: Tensor, masks: It
     torch._dynamo.reset()  # every configuration is a recompilation, and eight of them are the limit
     attend, rows = torch.compile(flex_attention, dynamic=False, fullgraph=True), []
     for mask in masks:
-        call = partial(record, lambda: attend(*qkv, block_mask=mask, scale=scale, kernel_options=options),
-                       lambda y: torch.autograd.grad(y, qkv, dy))
+        forward = partial(attend, *qkv, block_mask=mask, scale=scale, kernel_options=options)
+        call = partial(record, forward, lambda y: torch.autograd.grad(y, qkv, dy))
         try:
+            y = forward()
+            if not all(x.isfinite().all() for x in (y, *torch.autograd.grad(y, qkv, dy))):
+                raise FloatingPointError("attention or a gradient is not finite")
             interleave({"": call}, rounds=1, block=BLOCK_STEPS)
             ms = np.median(interleave({"": call}, ROUNDS, BLOCK_STEPS)[""], axis=(0, 1)).tolist()
             rows.append({"options": options, "forward_ms": ms[0], "backward_ms": ms[1]})
