@@ -92,12 +92,15 @@ def seconds_left(run: Run, v: Validation, band: Band) -> float:
     return (total - spent) / 1000 * (v.train_ms / spent if spent else 1.0)
 
 
+def minutes(seconds: float) -> str:
+    return "{}:{:02d}".format(*divmod(round(seconds), 60))
+
+
 def format_row(row: dict) -> str:
-    minutes, seconds = divmod(round(row["seconds_left"]), 60)
     sigmas = f"{row['sigmas']:+6.1f}" if math.isfinite(row["sigmas"]) else f"{'':>6}"
     return (f"{row['step']:>6,}  {row['loss']:>9.6f}  {row['reference_loss']:>9.6f}  {row['difference']:>+10.6f}  "
             f"{sigmas}  {row['band']:>8}  {row['seconds']:>9.1f}  {row['reference_seconds']:>9.1f}  "
-            f"{minutes}:{seconds:02d}")
+            f"{minutes(row['seconds_left'])}")
 
 
 def verdict(run: Run, rows: list[dict], band: Band) -> str:

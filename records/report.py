@@ -377,7 +377,8 @@ def assemble(title: str, groups: list[Group], folder: check.Folder | None, findi
     sides = sides_of(groups)
     r = compare.compare_sides(*(group.side for group in sides)) if sides else None
     judged = judged_of(groups, folder, findings)
-    claims = [typeset(claim) for claim in claims_of(groups, judged, r)]
+    claims = [typeset(claim) for claim in claims_of(groups, judged, r)] or ["No run has finished."]
+    checked = check_section(folder, findings) if folder else None
     logged = [group for group in groups if any(run.source or run.constants for run in group.runs)]
     shown = sides or [group for group in groups if group.side and group.side.has_curve][:1]
     times = r if sides else compare.explain_times(shown[0].side, shown[0].side) if shown and np.isfinite(
@@ -386,7 +387,8 @@ def assemble(title: str, groups: list[Group], folder: check.Folder | None, findi
     points = min(max(POINTS_OF_ALL // max(len(runs), 1), MIN_POINTS), MAX_POINTS)
     described = [describe_group(group, points) for group in groups]
     return {
-        "title": title, "headline": claims[0] if claims else "No run has finished.", "sentences": claims[1:],
+        "title": title, "headline": claims[0],
+        "sentences": claims[1:] + ([f"By the rules of check: {checked['verdict']}."] if checked else []),
         "groups": described, "target": TARGET if judged else None,
         "thinning": f"Every validation is here. Series by step keep the lowest and the highest point of every stretch, "
                     f"{points:,} points a run at most: no peak is lost." if any(run.step_ms for run in runs) else "",
@@ -397,7 +399,7 @@ def assemble(title: str, groups: list[Group], folder: check.Folder | None, findi
         "constants": constants_tables(logged) if logged else [],
         "source": source_difference(*sides) if sides and all(run.source for g in sides for run in g.runs[:1]) else None,
         "machine": machine_table(groups), "runs": runs_table(groups, described),
-        "check": check_section(folder, findings) if folder else None}
+        "check": checked}
 
 
 def script_json(data: dict) -> str:

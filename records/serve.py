@@ -31,14 +31,15 @@ def gather_live(log: Path, band: follow.Band) -> dict:
         rows = follow.judge(run, band)
     except RecordError as error:
         return data | {"sentences": [*data["sentences"], str(error)]}
-    left = [f"About {row['seconds_left'] / 60:.0f} minutes of training are left."
+    verdict = follow.verdict(run, rows, band)
+    left = [f"Training time left: about {follow.minutes(row['seconds_left'])} min."
             for row in rows[-1:] if not run.finished]
     mean = {"label": f"mean of {band.name}", "step": list(band.points),
             "loss": report.plain(point.loss for point in band.points.values()),
             "ms": report.plain(point.train_ms for point in band.points.values()), "scalars": {}, "step_ms": None}
     reference = {"label": "reference", "runs": [], "mean": mean, "fields": {}, "final": None}
-    return data | {"sentences": [*data["sentences"], follow.verdict(run, rows, band), *left],
-                   "groups": [*data["groups"], reference]}
+    return data | {"sentences": [*data["sentences"], verdict[0].upper() + verdict[1:], *left],
+                   "groups": [reference, *data["groups"]]}
 
 
 class LiveReport:

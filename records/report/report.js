@@ -66,8 +66,11 @@ function linesOf(pick) {
   return lines;
 }
 
-/** The curve that differences are taken to: a mean, or the first run. */
-const reference = () => curves().find(curve => curve.label) || curves()[0];
+/** What differences are taken to: the first group's mean, or its first run. */
+function reference() {
+  const group = data.groups.find(({mean, runs}) => mean || runs.length);
+  return group && (group.mean || {...group.runs[0], label: nameOf(group, 0)});
+}
 
 function timeUnit() {
   const longest = Math.max(0, ...curves().flatMap(curve => curve.ms));
@@ -212,7 +215,7 @@ class Chart {
         paths: line.isMean && this.spec.stepped ? uPlot.paths.stepped({align: 1}) : undefined,
         points: {show: line.x.length === 1, size: line.size || 6, fill: css(inkOf(line.g)) + line.alpha}
       }))],
-      hooks: {setScale: [u => { if (this.u === u) this.range = [u.scales.x.min, u.scales.x.max]; }],
+      hooks: {setScale: [u => { if (this.u === u) this.keep(u.scales.x.min, u.scales.x.max); }],
               draw: [() => this.place(), ...(this.spec.paint ? [this.spec.paint] : [])]}};
   }
 
@@ -222,10 +225,12 @@ class Chart {
     return [Math.max(min, low), Math.min(max, high)];
   }
 
+  keep(min, max) { this.range = min === this.home[0] && max === this.home[1] ? null : [min, max]; }
+
   setRange(range) {
-    const [min, max] = range || this.home;
+    const [min, max] = this.clamp(...(range || this.home));
+    this.keep(min, max);
     if (this.u) this.u.setScale("x", {min, max});
-    this.range = range;
   }
 
   view() { return this.range || this.home; }
@@ -379,8 +384,8 @@ function legend() {
     boxes.forEach(box => box.addEventListener("change", refresh));
     refresh();
     head.append(make("label", {}, all, boxes.length === 1 ? "1 run" : `${boxes.length} runs`));
-    const runs = group.runs.map((run, r) => make("label", {title: run.name}, boxes[r], `${r + 1}`, make(
-      "span", {className: "value"}, run.loss.length ? last(run.loss).toFixed(decimalsOf(run.loss)) : "no loss")));
+    const runs = group.runs.map((run, r) => make("label", {title: run.name}, boxes[r], `${r + 1}`,
+                                                 make("span", {className: "value"})));
     const summary = make("summary", {className: "plain"}, "each run, with its last loss");
     return make("div", {className: "group"}, head,
       make("details", {open: boxes.length < 9}, summary, make("div", {className: "group-runs"}, ...runs)));
@@ -472,7 +477,11 @@ function show() {
   const found = data.groups.flatMap((group, g) => group.runs.map(run => keyOf(g, run))).join();
   if (keys !== found) legend();
   keys = found;
-  byId("reference").textContent = reference() ? reference().label || "the run" : "";
+  const losses = data.groups.flatMap(group => group.runs.map(run => run.loss));
+  document.querySelectorAll("#legend .value").forEach((span, i) => {
+    span.textContent = losses[i].length ? last(losses[i]).toFixed(decimalsOf(losses[i])) : "no loss";
+  });
+  byId("reference").textContent = reference() ? reference().label : "";
   byId("loss").hidden = !lossLines().length;
   byId("against").hidden = !curves().some(curve => curve.ms.some(ms => ms !== null));
   byId("spread").hidden = !counting();

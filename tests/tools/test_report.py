@@ -126,7 +126,7 @@ def test_published_figures_are_shown(tmp_path, capsys, monkeypatch, arguments, n
     assert sorted(path.name for path in folder.iterdir()) == sorted(["README.md", name, "published.json"])
     data = data_of((folder / name).read_text())
     assert "26 runs end at a mean loss of 2.919309" in data["headline"] and "2.919035 to 2.919583" in data["headline"]
-    assert data["check"]["verdict"] == "figures only, cannot be verified"
+    assert data["sentences"] == ["By the rules of check: figures only, cannot be verified."]
     assert len(data["groups"][0]["runs"]) == 26 and len(data["groups"][0]["mean"]["step"]) == 46
     assert records.main(["report", ".", "--out", "nowhere/x.html"]) == 2
     assert "name another file" in capsys.readouterr().err
@@ -368,24 +368,33 @@ def test_it_shows_only_and_to_this_machine_alone(server):
 
 @needs_chromium
 def test_a_growing_log_is_shown_as_it_grows(server, browser):
-    """New lines arrive; what was hidden and read out stays so."""
+    """New lines arrive; what was hidden, zoomed and read out stays so."""
     port, log, text = server
     browser.open(f"http://127.0.0.1:{port}/")
     headline = "document.getElementById('headline').textContent"
     assert "No step is logged yet" in browser.evaluate(headline)
     log.write_text(text[:text.index("step:60/200") + 9])
     browser.wait(f"{headline}.includes('is at step 59 of 200')")
-    browser.evaluate("document.querySelector(\"[data-key='1 mean']\").click()")  # the reference
+    browser.evaluate("document.querySelector(\"[data-key='0 mean']\").click()")  # the reference
     browser.evaluate(FOCUS)
     browser.press("ArrowLeft")
     reading = browser.evaluate(READING)
     assert "step 50: loss" in reading
+    browser.press("+")
+    browser.press("+")  # steps 40 to 87
     tag = re.search(r"ETag: (\S+)", ask(port, "/data.json")[1])[1]
     again = f"Host: 127.0.0.1:{port}\r\nIf-None-Match: {tag}"
     assert ask(port, "/data.json", more=again)[::2] == (304, "")
     log.write_text(text)
-    browser.wait("document.getElementById('sentences').textContent.includes('finished: reproducing')")
+    browser.wait("document.getElementById('sentences').textContent.includes('Finished: reproducing')")
     assert ask(port, "/data.json", more=again)[0] == 200 and browser.evaluate(READING) == reading
-    assert not browser.evaluate("document.querySelector(\"[data-key='1 mean']\").checked")
-    assert "2.918400" in browser.evaluate("document.getElementById('runs').textContent") and browser.problems == []
+    assert not browser.evaluate("document.querySelector(\"[data-key='0 mean']\").checked")
+    for part in ("runs", "legend"):
+        assert "2.918400" in browser.evaluate(f"document.getElementById('{part}').textContent")
+    browser.press("Escape")
+    browser.press("ArrowLeft")  # to the last point in view
+    assert "step 75: loss" in browser.evaluate(READING)
+    browser.evaluate(FOCUS.replace("loss", "step"))
+    browser.press("ArrowLeft")
+    assert "step 200: " in browser.evaluate(READING.replace("loss", "step")) and browser.problems == []
     assert {address.rsplit("/", 1)[0] for address in browser.requests} == {f"http://127.0.0.1:{port}"}
