@@ -220,7 +220,7 @@ def test_without_a_gpu_a_sentence_says_so():
     assert done.stderr.endswith("sees no CUDA GPU: run this on a GPU machine, or --rehearse.\n")
 
 
-@pytest.mark.slow  # three minutes of an idle 2-core CPU
+@pytest.mark.slow  # three CPU minutes
 def test_the_rehearsal_runs_every_stage(tmp_path):
     done = subprocess.run([str(ROOT / "tests" / "gpu.sh"), "--rehearse", "--results", str(tmp_path)],
                           env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True)
