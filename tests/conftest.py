@@ -8,9 +8,9 @@ pytest.register_assert_rewrite("helpers")  # so that its failures show both valu
 # Before torch is imported: threads that spin while they wait make a busy 2-core machine ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# Before triton is imported: without a GPU, its interpreter runs the kernels.
+# Before triton is imported: without a GPU, its interpreter runs the kernels. gpu.sh sets 0: it has seen one.
 if not os.path.exists("/dev/nvidiactl"):
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # So that no worker is left alone with one of them at the end.
 SLOW_FILES = ("test_edits.py", "test_cli.py", "test_faults.py", "test_trajectory.py")

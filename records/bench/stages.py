@@ -216,7 +216,8 @@ def gpu_tests(job: Job) -> None:
 
     def run(name: str, *options: str) -> None:
         file = f"tests/properties/{name}.py"
-        *_, (_, last) = call("-m", "pytest", file, "-v", "--tb=short", "-p", "no:cacheprovider", *options)
+        *_, (_, last) = call("-m", "pytest", file, "-v", "--tb=short", "-p", "no:cacheprovider", *options,
+                             **{} if job.tiny else {"TRITON_INTERPRET": "0"})
         job.keep(**{name: last_words([last])})
 
     # The quick ones first; a process for each, since one wrong access to memory ends a GPU's process.
