@@ -573,7 +573,7 @@ def verdict_of(folder: Folder, findings: list[Finding]) -> str:
     if broken["error"]:
         return f"does not hold: {errors}"
     if folder.experiment:
-        return f"an experiment: the rules that need no task hold, with {broken['warning']} warnings"
+        return f"an experiment: keeps every rule but those of the record's task, with {broken['warning']} warnings"
     return f"holds, with {broken['warning']} warnings" if broken["warning"] else "holds: every rule is kept"
 
 

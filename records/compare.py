@@ -191,7 +191,8 @@ def first_reach(run: Run, loss: float, slope: float) -> tuple[float, bool]:
 
     A run that stays above is continued from its last validation at `slope`, in loss per step: (that step, False).
     """
-    steps, losses = [v.step for v in run.validations], [v.loss for v in run.validations]
+    known = [v for v in run.validations if math.isfinite(v.loss)]
+    steps, losses = [v.step for v in known], [v.loss for v in known]
     for i, value in enumerate(losses):
         if value <= loss:
             before = max(i - 1, 0)

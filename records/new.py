@@ -10,7 +10,7 @@ import numpy as np
 import check
 import compare
 from inference import Interval, format_p, std
-from run_log import RecordError, Run, find_logs, read_log
+from run_log import LOG_SUFFIX, RecordError, Run, find_logs, read_log
 from tables import format_markdown, write_text
 
 RECORDS = Path(__file__).resolve().parent
@@ -28,7 +28,7 @@ def copy_logs(paths: list[Path], folder: Path, failed: Path) -> list[Run]:
     for log in (log for path in paths for log in find_logs(path)):
         run = read_log(log)
         target = (folder if run.finished else failed) / log.name
-        if any(target.with_name(run.name + suffix).exists() for suffix in (".txt", ".log", ".txt.gz", ".log.gz")):
+        if any(LOG_SUFFIX.sub("", path.name) == run.name for path in target.parent.glob("*")):
             raise RecordError(f"{log} has the name of another log: a run counts once.")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(log, target)

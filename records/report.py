@@ -78,7 +78,7 @@ def judged_of(groups: list[Group], folder: check.Folder | None, findings: list[c
     """The runs that the target is for, if their loss is the record's: on its validation tokens and real data by
     `check`, or published."""
     broken = {finding.rule.id for finding in findings if finding.status == "broken"}
-    if folder is None or broken & {"val-tokens", "data"}:
+    if folder is None or folder.experiment or broken & {"val-tokens", "data"}:
         return None
     return next((group for group in groups if group.side and group.label in ("B", "record", "all")), None)
 

@@ -55,7 +55,7 @@ class LiveReport:
             try:
                 stat = self.log.stat()
                 if self.stamp != (stat.st_mtime_ns, stat.st_size):
-                    self.data = gather_live(self.log, self.band)
+                    self.data = gather_live(self.log, self.band) | {"grew": stat.st_mtime}
                     self.stamp = stat.st_mtime_ns, stat.st_size
             except (OSError, RecordError) as error:
                 return {"error": f"{self.log.name} cannot be read now: {error}"}

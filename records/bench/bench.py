@@ -301,7 +301,7 @@ def run_comparison(names: list[str], windows: list[int], profile: str | None, co
     ids, targets = one_slice(config, device)
     sides = make_sides(names, config, device)
     for side in sides:
-        side.model.compile(dynamic=False, fullgraph=True)
+        tgm.compile_model(side.model, whole=True)
     print(f"Forward and backward of {config.seq_len:,} tokens, medians and quartiles of their sum in ms, memory in GB "
           f"above what lies on the card between steps.\nDifferences under {NOISE:.1%} are noise. Compare sums: the "
           f"trainer computes the head's gradients in its forward pass, the twin in its backward.")
@@ -517,6 +517,7 @@ def time_attention(options: dict, qkv: tuple[Tensor, ...], dy: Tensor, masks: It
         except Exception as error:  # torch names no common class for what does not fit or does not compile
             failed = f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
             rows.append({"options": options, "failed": failed})
+            torch.cuda.synchronize()  # after an illegal access this raises too: no later row could be believed
     return rows
 
 
@@ -535,6 +536,12 @@ def best_of_both(rows: list[dict]) -> dict:
     return chosen
 
 
+def best_row(rows: list[dict]) -> dict:
+    """The fastest; the first, untuned one where it wins no more than noise."""
+    fastest = min(rows, key=ms_of)
+    return fastest if ms_of(fastest) < (1 - NOISE) * ms_of(rows[0]) else rows[0]
+
+
 def sweep_attention(config: tgm.Config, device: torch.device, save: Callable[[dict], None]) -> None:
     """FlexAttention's options for a long-window and a short-window call, fastest first."""
     ids, _ = one_slice(config, device)
@@ -548,7 +555,7 @@ def sweep_attention(config: tgm.Config, device: torch.device, save: Callable[[di
         for number, row in zip(numbers, time_attention(options, qkv, dy, [masks[i] for i in numbers],
                                                        config.attention_scale)):
             swept[number].append(row)
-        save({"attention": {window: {"best": min(rows, key=ms_of), "candidates": rows}
+        save({"attention": {window: {"best": best_row(rows), "candidates": rows}
                             for window, rows in zip(SWEPT_WINDOWS.values(), swept) if rows}})
 
     for options in attention_options():

@@ -15,6 +15,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -170,6 +171,8 @@ def run_with_fake_driver(code: str) -> list[CompiledKernel]:
     with tempfile.TemporaryDirectory() as folder:
         driver = Path(folder) / "libcuda.so.1"
         home = Path(torch.__file__).parent
+        if shutil.which("c++") is None:
+            raise tgm.UserError("c++ is missing, with which the stub of the driver is built: install a C++ compiler.")
         subprocess.run(["c++", "-std=c++20", "-shared", "-fPIC", f"-I{home}/include", "-x", "c++", "-", f"-L{home}/lib",
                         f"-Wl,-rpath,{home}/lib,-soname,libcuda.so.1", "-lc10", "-o", str(driver)],
                        input=FAKE_DRIVER, text=True, check=True)

@@ -21,13 +21,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -145,8 +146,9 @@ def relative(ours, exact) -> float:
     return ((ours.double() - exact.double()).norm() / exact.double().norm()).item()
 
 
-def kernel_errors(config, T: int, device) -> dict[str, float]:
-    """Of every hand-written operation in bf16, on a GPU its kernel's, against its plain version in fp32."""
+def kernel_errors(config, T: int, device) -> Iterator[tuple[str, float]]:
+    """Yields the relative error of every hand-written operation in bf16, on a GPU its kernel's, against its plain
+    version in fp32."""
     import torch
     import train_gpt_medium as tgm
     C, hidden, V = config.model_dim, config.mlp_factor * config.model_dim, config.vocab_size
@@ -168,16 +170,17 @@ def kernel_errors(config, T: int, device) -> dict[str, float]:
         "embedding_grad": (lambda grads: tgm.embedding_grad(grads, ids, V), randn(7, T, C)),
         "symmetric_product": (lambda X: tgm.symmetric_product(X, 1.0, 0.0), wide),
         "symmetric_product plus x": (lambda A: tgm.symmetric_product(A, 1.2, -3.1), wide @ wide.mT / hidden)}
-    return {name: relative(function(*inputs), function(*(x.float() for x in inputs)))
-            for name, (function, *inputs) in operations.items()}
+    for name, (function, *inputs) in operations.items():
+        yield name, relative(function(*inputs), function(*(x.float() for x in inputs)))
 
 
-def attention_errors(config, T: int, device) -> dict[str, float]:
-    """Of FlexAttention and its gradients in bf16, with the script's options, against dense attention in fp32."""
+def attention_errors(config, T: int, device) -> Iterator[tuple[str, float]]:
+    """Yields those of FlexAttention and its gradients in bf16, with the script's options, against dense attention in
+    fp32."""
     import bench
     import torch
     import train_gpt_medium as tgm
-    ids, errors, on_gpu = bench.real_looking_ids(T, config, seed=0).to(device), {}, device.type == "cuda"
+    ids, on_gpu = bench.real_looking_ids(T, config, seed=0).to(device), device.type == "cuda"
     compiled = torch.compile(tgm.attend, dynamic=False, fullgraph=True) if on_gpu else tgm.attend
     for window, options in ((14, tgm.LONG_WINDOW_KERNEL), (7, tgm.SHORT_WINDOW_KERNEL)):
         block_mask, = tgm.block_masks(ids, (bench.as_window(window, device),), config.doc_token)
@@ -188,19 +191,18 @@ def attention_errors(config, T: int, device) -> dict[str, float]:
             inputs = [x.detach().to(dtype).requires_grad_() for x in qkv]
             y = attend(*inputs, mask, config.attention_scale, options)
             results.append((y, *torch.autograd.grad(y, inputs, dy.to(dtype))))
-        errors |= {f"{name}, window {window}": relative(*pair)
-                   for name, *pair in zip(("y", "dq", "dk", "dv"), *results)}
-    return errors
+        for name, *pair in zip(("y", "dq", "dk", "dv"), *results):
+            yield f"{name}, window {window}", relative(*pair)
 
 
 def first_look(job: Job) -> None:
     import torch
     import train_gpt_medium as tgm
     config, device = tgm.PRESETS[job.preset](), torch.device("cpu" if job.tiny else "cuda")
-    errors = kernel_errors(config, min(config.seq_len, 4096), device)
-    job.keep(errors=errors)
-    errors |= attention_errors(config, min(config.seq_len, 4096), device)
-    job.keep(errors=errors)
+    size, errors = (config, min(config.seq_len, 4096), device), {}
+    for name, error in chain(kernel_errors(*size), attention_errors(*size)):
+        errors[name] = error
+        job.keep(errors=errors)  # one that raises hides none before it
     torch.cuda.empty_cache()  # the next process needs it
     job.make_shards(3)
     run = job.train("short", num_iterations=3)
@@ -221,7 +223,8 @@ def gpu_tests(job: Job) -> None:
         job.keep(**{name: last_words([last])})
 
     # The quick ones first; a process for each, since one wrong access to memory ends a GPU's process.
-    attempt(partial(run, "test_kernels", *["-k", "embedding"] * job.tiny), partial(run, "test_gpu"))
+    # Tests that only compile need no GPU.
+    attempt(partial(run, "test_kernels", "-k", "embedding" if job.tiny else "not compile"), partial(run, "test_gpu"))
     job.keep(says="; ".join(f"{name}: {result}" for name, result in job.found.items()))
 
 
@@ -247,10 +250,13 @@ def parts_alone(job: Job) -> None:
 
 
 def attention_sweep(job: Job) -> None:
+    import bench
     says = []
     for window, swept in job.bench("sweep", "--sweep-attention")["attention"].items():
-        best, untuned = (row["forward_ms"] + row["backward_ms"] for row in (swept["best"], swept["candidates"][0]))
-        says.append(f"window {window}: {best:.3f} ms, untuned {untuned:.3f}")
+        rows = swept["candidates"]
+        best, untuned = map(bench.ms_of, (swept["best"], rows[0]))
+        says.append(f"window {window}: {best:.3f} ms, untuned {untuned:.3f}, {sum('failed' in row for row in rows)} of "
+                    f"{len(rows)} configurations fail")
     job.keep(says="; ".join(says))
 
 
@@ -347,7 +353,7 @@ def source_of(stage: Stage) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Running them
 
-def ask_gpu(uuid: str | None, fields: Iterable[str]) -> list[str]:
+def ask_gpu(uuid: str | None, fields: list[str]) -> list[str]:
     """nvidia-smi's answers; none where it is missing or fails."""
     with suppress(OSError, subprocess.SubprocessError):
         command = ["nvidia-smi", f"--id={uuid}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
@@ -371,9 +377,17 @@ def summarise(samples: list[dict[str, str]]) -> dict:
 def read_book(path: Path) -> dict:
     """The results of one GPU and torch. A stage whose run was killed counts as killed, unless it had a result."""
     book = json.loads(path.read_text())
-    if unfinished := book.pop("running", None):
-        book["stages"].setdefault(unfinished["stage"], unfinished | {"status": "killed"})
+    if "running" in book:
+        file_entry(book, "killed")
     return book
+
+
+def file_entry(book: dict, status: str) -> None:
+    """The entry of the stage that ran becomes the stage's, but for one that did not end well where an earlier did."""
+    entry = book.pop("running") | {"status": status}
+    before = book["stages"].get(entry["stage"], {})
+    if status == "ok" or (before.get("status"), before.get("source")) != ("ok", entry["source"]):
+        book["stages"][entry["stage"]] = entry
 
 
 def run_stage(stage: Stage, book: dict, paths: list[Path], uuid: str | None, entry: dict, limit_s: float,
@@ -404,18 +418,20 @@ def run_stage(stage: Stage, book: dict, paths: list[Path], uuid: str | None, ent
     try:
         while process.poll() is None and time.monotonic() - began < limit_s:
             if time.monotonic() - began >= SAMPLE_SECONDS * len(samples):
-                samples.append(dict(zip(SAMPLED, ask_gpu(uuid, SAMPLED.values()))))
+                samples.append(dict(zip(SAMPLED, ask_gpu(uuid, [*SAMPLED.values()]))))
                 write()
             time.sleep(0.1)
-        entry["status"] = "too long" if process.poll() is None else "failed" if process.returncode else "ok"
+        status = "too long" if process.poll() is None else "failed" if process.returncode else "ok"
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    book["stages"][stage.key] = book.pop("running")
     write()
+    file_entry(book, status)
+    for path in paths:
+        write_json(path, book)
     shutil.rmtree(folder, ignore_errors=True)
-    return entry
+    return entry | {"status": status}
 
 
 def describe(entry: dict) -> str:
@@ -442,7 +458,10 @@ def is_done(stage: Stage, book: dict) -> bool:
 def run_stages(args: argparse.Namespace, folder: Path) -> int:
     """The stages asked for, or those without a result. The exit status: 1 if one failed."""
     deadline, failed = time.monotonic() + 60 * args.minutes, False
-    facts = json.loads(subprocess.run([sys.executable, "-c", FACTS], capture_output=True, text=True, check=True).stdout)
+    asked = subprocess.run([sys.executable, "-c", FACTS], capture_output=True, text=True)
+    if asked.returncode:
+        sys.exit(f"error: {sys.executable} cannot use torch: {last_words(asked.stderr.splitlines())}")
+    facts = json.loads(asked.stdout)
     if args.rehearse:
         facts["gpu"] = "no GPU, a rehearsal"
     elif not facts["gpu"]:
@@ -452,9 +471,13 @@ def run_stages(args: argparse.Namespace, folder: Path) -> int:
               "triton": metadata.version("triton") if find_spec("triton") else None}
     name = re.sub(r"[^a-z0-9.]+", "_", f"gpu {facts['gpu']} torch {facts['torch'].split('+')[0]}".lower())
     paths = [path / f"{name}.json" for path in (folder, args.copy) if path]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
     book = read_book(paths[0]) if paths[0].exists() else {"gpu": facts["gpu"], "torch": facts["torch"], "stages": {}}
     print(f"{facts['gpu']}, torch {facts['torch']}: results in {paths[0]}", flush=True)
-    for stage in STAGES:
+    # Those that these sources have not tried come first: one that takes too long would hold them up in every call.
+    tried = {stage: book["stages"].get(stage.key, {}).get("source") == source_of(stage) for stage in STAGES}
+    for stage in sorted(STAGES, key=tried.get):
         if stage.key not in args.stages if args.stages else is_done(stage, book):
             continue
         left = deadline - time.monotonic()

@@ -503,7 +503,7 @@ async function poll() {
       tag = response.headers.get("ETag");
       const found = await response.json();
       if (!found.error) { data = found; show(); }
-      line.textContent = found.error || `Live: the log last grew at ${new Date().toLocaleTimeString()}.`;
+      line.textContent = found.error || `Live: the log last grew at ${new Date(1000 * found.grew).toLocaleString()}.`;
     } else if (response.status !== 304) throw new Error(response.statusText);
     line.classList.remove("lost");
   } catch {

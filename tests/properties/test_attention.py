@@ -49,15 +49,18 @@ def test_mask_is_the_definition(layout, w):
     assert ours.diagonal().all()  # no query without a key
 
 
-@pytest.mark.parametrize("options", [tgm.LONG_WINDOW_KERNEL, tgm.SHORT_WINDOW_KERNEL])
-def test_rows_are_called_safe_only_if_their_first_tile_is(options):
+@pytest.mark.parametrize("options, right", [
+    (tgm.LONG_WINDOW_KERNEL, True), (tgm.SHORT_WINDOW_KERNEL, True), ({"fwd_ROWS_GUARANTEED_SAFE": True}, False),
+    ({"fwd_ROWS_GUARANTEED_SAFE": True, "fwd_BLOCK_N": 128}, True)])
+def test_rows_are_called_safe_only_if_their_first_tile_is(options, right):
     """The sum over keys begins with the first tile of a query's own block: of nothing but masked keys it is NaN."""
     ids = torch.zeros(256, dtype=torch.int32)
     ids[80] = 7
     mask, = tgm.block_masks(ids, (as_window(2),), 7)
     assert (mask.kv_indices[0, 0, :, 0] == torch.arange(2)).all()
     tile = options.get("fwd_BLOCK_N", 64)  # torch's own for an H100
-    assert tgm.dense_mask(mask)[:128, :tile].any(1).all() or not any("ROWS_GUARANTEED_SAFE" in name for name in options)
+    called_safe = any("ROWS_GUARANTEED_SAFE" in name for name in options)
+    assert (tgm.dense_mask(mask)[:128, :tile].any(1).all() or not called_safe) == right
 
 
 BLOCK_LISTS = [(f"{kind}_num_blocks", f"{kind}_indices") for kind in ("kv", "full_kv", "q", "full_q")]

@@ -115,7 +115,7 @@ def test_regions_compute_the_model_bit_for_bit(whole):
 # The script's options, and tuned ones: where they differ, blocks with a value embedding are of two kinds.
 @pytest.mark.parametrize("long_window, short_window, kinds", [
     (tgm.LONG_WINDOW_KERNEL, tgm.SHORT_WINDOW_KERNEL, 3 + (tgm.LONG_WINDOW_KERNEL != tgm.SHORT_WINDOW_KERNEL)),
-    ({"fwd_BLOCK_M": 64}, {"fwd_BLOCK_M": 64}, 3), ({"fwd_BLOCK_M": 64}, {"fwd_BLOCK_M": 128, "bwd_num_warps": 8}, 4)])
+    ({"fwd_BLOCK_M": 64}, {"fwd_BLOCK_M": 128, "bwd_num_warps": 8}, 4)])
 def test_blocks_of_a_kind_share_code_with_block_masks(monkeypatch, long_window, short_window, kinds):
     """What a GPU compiles: FlexAttention with masks built outside the region, new ones in every step."""
     monkeypatch.setattr(tgm, "dense_mask", lambda mask: mask)

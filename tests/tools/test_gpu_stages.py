@@ -96,13 +96,22 @@ def test_done_stages_are_skipped_failed_ones_and_named_ones_are_not(fake, tmp_pa
 
     assert begun("a", "b") == ["a", "b"]
     assert begun("a") == ["a"]
-    assert begun() == ["b", "c", "d"]
+    assert begun() == ["c", "d", "b"]  # those that have not been tried first
     results, = (tmp_path / "results").glob("gpu_*.json")
     content = json.loads(results.read_text())
     content["stages"]["d"]["source"] = "of another trainer"
     results.write_text(json.dumps(content))
-    assert begun("--minutes", "0.9") == []  # not half of what b may take
-    assert begun("--minutes", "10") == ["b", "c", "d"]
+    assert begun("--minutes", "0.9") == []  # not half of what d may take
+    assert begun("--minutes", "10") == ["d", "b", "c"]
+
+
+def test_a_stage_that_is_killed_takes_no_result_away_but_a_worse_one(tmp_path):
+    running = {"stage": "a", "status": "running", "source": "s", "result": {"half": 1}}
+    for before, kept in (({}, "killed"), ({"status": "failed", "source": "s"}, "killed"),
+                         ({"status": "ok", "source": "s"}, "ok"), ({"status": "ok", "source": "older"}, "killed")):
+        stages.write_json(tmp_path / "book.json", {"stages": {"a": before} if before else {}, "running": running})
+        found = stages.read_book(tmp_path / "book.json")
+        assert found["stages"]["a"]["status"] == kept and "running" not in found
 
 
 def test_killed_at_any_moment_leaves_earlier_results_and_what_was_found(fake, tmp_path):
@@ -194,7 +203,7 @@ def test_runs_at_full_size_have_possible_constants_and_enough_shards(run, num_co
 
     monkeypatch.setattr(stages, "call", call)
     for name in ("kernel_errors", "attention_errors"):
-        monkeypatch.setattr(stages, name, lambda config, T, device, name=name: {f"{name} {T} {device}": 0.01})
+        monkeypatch.setattr(stages, name, lambda config, T, device, name=name: [(f"{name} {T} {device}", 0.01)])
     monkeypatch.setattr(memory, "count", lambda config, size: configs.append(config) or 5 << 20)
     run(stages.Job(tmp_path, tiny=False))
     for config in configs:
@@ -206,8 +215,8 @@ def test_runs_at_full_size_have_possible_constants_and_enough_shards(run, num_co
 
 @pytest.mark.parametrize("error", [0.03, float("nan")])
 def test_a_kernel_that_is_wrong_fails_the_first_stage(error, monkeypatch, tmp_path):
-    monkeypatch.setattr(stages, "kernel_errors", lambda *_: {"good": 0.01, "bad": error})
-    monkeypatch.setattr(stages, "attention_errors", lambda *_: {})
+    monkeypatch.setattr(stages, "kernel_errors", lambda *_: [("good", 0.01), ("bad", error)])
+    monkeypatch.setattr(stages, "attention_errors", lambda *_: [])
     monkeypatch.setattr(stages, "call", lambda *_, **__: [(1.0, "step:0/1 val_loss:9.0 train_time:0ms step_avg:2.0ms")])
     with pytest.raises(stages.StageError, match=f"not within 2% of fp32: {{'bad': {error}}}"):
         stages.first_look(stages.Job(tmp_path, tiny=False))

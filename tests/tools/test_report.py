@@ -84,8 +84,10 @@ def test_claims_are_what_compare_says_whatever_the_sign(tmp_path, loss, words):
     assert plain(data["difference"]["rows"][0][1:2]) == f"{r['loss_difference']['value']:+.6f}"
 
 
-def test_another_task_is_not_held_against_the_target(tmp_path):
+@pytest.mark.parametrize("where", ["campaign", "experiments/2026-01-01_x"])
+def test_another_task_is_not_held_against_the_target(tmp_path, where):
     """A campaign's folder of a byte model on one CPU: the claim is the difference, and `check` says what it says."""
+    tmp_path = tmp_path / where
     specs = [logs.Spec(loss=1.5 + 0.001 * i, seed=i, source=BYTES, gpus=()) for i in range(3)]
     write_side(tmp_path / "A", [replace(spec, loss=spec.loss + 0.5, seed=spec.seed + 9) for spec in specs])
     write_side(tmp_path / "B", specs)
@@ -94,7 +96,7 @@ def test_another_task_is_not_held_against_the_target(tmp_path):
     assert data["target"] is None and data["headline"].startswith("B ends 0.500000 nats/token below A: mean 1.501000")
     assert [(group["label"], len(group["runs"])) for group in data["groups"]] == [("A", 3), ("B", 3), ("failed", 1)]
     assert data["places"] == "A: A/. B: B/. failed: B/failed/."
-    assert "val-tokens" in {row[1] for row in data["check"]["table"]["rows"]}
+    assert ("val-tokens" in {row[1] for row in data["check"]["table"]["rows"]}) == (where == "campaign")
 
 
 def test_logs_that_no_statistic_covers_are_shown_all_the_same(tmp_path):
