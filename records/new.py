@@ -10,6 +10,7 @@ import numpy as np
 import check
 import compare
 from inference import Interval, format_p, std
+from report import claims_of_difference, gather, read_parts, render
 from run_log import LOG_SUFFIX, RecordError, Run, find_logs, read_log
 from tables import format_markdown, write_text
 
@@ -83,7 +84,11 @@ def write_readme(folder: Path, title: str, what: str, figures: list[Path]) -> No
         f"## All {len(runs)} runs\n\n{runs_table(runs)}"]
     baseline = [run for run in record.baseline if run.finished]
     if baseline:
-        parts.append(describe_baseline(folder, baseline))
+        r = compare.compare_sides(*map(compare.read_side, (folder / "baseline", folder)))
+        parts.append(describe_baseline(baseline, r))
+        if record.experiment:
+            claims = "\n".join(f"- {claim}" for claim in claims_of_difference(r))
+            parts.insert(1, f"A is the baseline. B are the other runs.\n\n{claims}")
     if record.failed:
         rows = [[run.name[:8], f"{run.last_step:,} of {run.num_iterations:,}"] for run in record.failed]
         parts.append("## Runs that did not finish\n\n" + format_markdown(["log", "last step"], rows))
@@ -92,9 +97,8 @@ def write_readme(folder: Path, title: str, what: str, figures: list[Path]) -> No
     write_text(folder / "README.md", "\n\n".join(parts) + "\n")
 
 
-def describe_baseline(folder: Path, baseline: list[Run]) -> str:
-    """The baseline's runs and what `compare` says."""
-    r = compare.compare_sides(*map(compare.read_side, (folder / "baseline", folder)))
+def describe_baseline(baseline: list[Run], r: dict) -> str:
+    """The baseline's runs and what `compare` says: r."""
     rows = [["loss (nats/token)", Interval(**r["loss_difference"]).format("+.6f")],
             *([["steps at equal loss", Interval(**r["steps_at_equal_loss"]["difference"]).format("+.1f")]]
               if "steps_at_equal_loss" in r else []),
@@ -140,7 +144,6 @@ def new(name: str, date: str, logs: list[Path], baseline: list[Path], what: str,
     and leaves nothing behind, if a log is damaged or no log is finished.
     """
     from plot import draw  # loads matplotlib
-    from report import gather, read_parts, render
     if not re.fullmatch(r"\d{4}-\d\d-\d\d", date) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise RecordError(f"{date}_{name} is no name of a record: give a date YYYY-MM-DD and letters, digits, - or _.")
     folder = records / (check.EXPERIMENTS if experiment else "") / f"{date}_{name}"

@@ -117,8 +117,8 @@ def claim_of_target(group: Group) -> str:
     return f"{claim}, {shown}: p = {format_p(test.t_p)}."
 
 
-def claims_of_difference(a: Group, b: Group, r: dict) -> list[str]:
-    """Loss, steps at equal loss, and time of B against A, whatever their signs."""
+def claims_of_difference(r: dict) -> list[str]:
+    """Loss, steps at equal loss, and time of B against A by `compare`, whatever their signs."""
     loss, seconds = Interval(**r["loss_difference"]), Interval(**r["seconds_difference"])
     claims = ["No difference in loss is shown: " * (loss.p >= 1 - CONFIDENCE)
               + f"B ends {abs(loss.value):.6f} nats/token {'below' if loss.value < 0 else 'above'} A: mean "
@@ -141,7 +141,7 @@ def claims_of(groups: list[Group], judged: Group | None, r: dict | None) -> list
     claims = [claim_of_target(judged)] if judged else []
     sides = sides_of(groups)
     if sides:
-        claims += claims_of_difference(*sides, r)
+        claims += claims_of_difference(r)
     elif not claims:
         claims = [f"{group.label}: " * (len(groups) > 1) + claim_of_losses(group.side.losses) + "."
                   for group in groups if group.side]

@@ -52,20 +52,24 @@ def test_a_new_folder_keeps_every_rule(records_folder, capsys):
 def test_an_experiment_stays_apart_and_is_not_held_to_the_records_task(records_folder, tmp_path, capsys):
     """Runs of another task: a loss above the target, on a CPU. Its other rules still count."""
     before = (records_folder / "README.md").read_text()
-    runs = [replace(spec, gpus=(), loss=spec.loss + 2) for spec in logs.record_specs()]
-    for spec in runs:
-        logs.write_log(tmp_path / "runs", spec)
-    arguments = ("X", "2026-01-02", [tmp_path / "runs"], [], "A question.", True)
+    runs, baseline = ([replace(spec, gpus=(), loss=spec.loss + 2) for spec in specs]
+                      for specs in (logs.record_specs(), logs.baseline_specs()))
+    for side, specs in (("B", runs), ("A", baseline)):
+        for spec in specs:
+            logs.write_log(tmp_path / side, spec)
+    arguments = ("X", "2026-01-02", [tmp_path / "B"], [tmp_path / "A"], "A question.", True)
     assert new.new(*arguments, records_folder, experiment=True) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["verdict"].startswith("an experiment: ") and "target" not in report["statistics"]
-    readme = (records_folder / "experiments" / "2026-01-02_X" / "README.md").read_text()
-    assert "| mean loss +- std (nats/token) | 4.918519" in readme and "2.92" not in readme
+    folder = records_folder / "experiments" / "2026-01-02_X"
+    readme, page = ((folder / name).read_text() for name in ("README.md", "report.html"))
+    assert "| mean loss +- std (nats/token) | 4.918519" in readme and "one-sided p" not in readme
+    assert "A is the baseline. B are the other runs.\n\n- " in readme
+    assert all(" nats/token below A: mean 4.918519 of 8 runs" in text for text in (readme, page))
     assert (records_folder / "README.md").read_text() == before
     assert new.new(*arguments, records_folder) == 1  # as a record it would not hold
-    again = records_folder / "experiments" / "2026-01-02_X" / "again.txt"  # a run of the same seed
-    again.write_text(logs.log_text(replace(runs[0], loss=5.0)))
-    assert check.check(again.parent, check.Limits(), True) == 1
+    (folder / "again.txt").write_text(logs.log_text(replace(runs[0], loss=5.0)))  # a run of the same seed
+    assert check.check(folder, check.Limits(), True) == 1
 
 
 def test_the_leaderboard_gets_a_row_and_keeps_the_others(records_folder):
