@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 import readme_figures as figures
-from inference import ALPHA, POOLED_SIGMA, POWER, TARGET, TargetTest, against_target, format_p, runs_needed
+from inference import ALPHA, POOLED_SIGMA, POWER, TARGET, TargetTest, against_target, format_p, runs_needed, welch
 from run_log import NoSteps, RecordError, Run, find_logs, read_log, read_published
 from tables import format_json, format_table
 
@@ -334,10 +334,14 @@ def readme_states_nothing_else(folder, limits):
     if counts and runs not in counts:
         problems.append(f"the README speaks of {shown(sorted(counts))} runs, there are {runs}")
     p_values = figures.stated_p_values(folder.readme)
-    computed = [p for p in (test.t_p, test.z_p) if not math.isnan(p)]
-    if p_values and not any(figures.p_rounds(text, p) for text, _ in p_values for p in computed):
+    tests = {"t-test": test.t_p, "z-test": test.z_p}
+    if folder.experiment:  # which compares two sides
+        baseline = final_losses(folder.baseline)
+        tests = {"Welch's test": welch(baseline, final_losses(folder.counted)).p} if baseline else {}
+    computed = {name: p for name, p in tests.items() if not math.isnan(p)}
+    if p_values and not any(figures.p_rounds(text, p) for text, _ in p_values for p in computed.values()):
         problems.append(f"the README's p = {shown(text for text, _ in p_values)} is not the runs' "
-                        f"(t-test {format_p(test.t_p)}, z-test {format_p(test.z_p)})")
+                        f"({', '.join(f'{name} {format_p(p)}' for name, p in computed.items()) or 'no test'})")
     return problems
 
 
