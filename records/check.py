@@ -275,6 +275,7 @@ def known_values(folder: Folder) -> tuple[list[float], list[float]]:
         if len(finals) > 1:
             test = against_target(finals)
             losses += [test.low, test.high, test.mean - test.std, test.mean + test.std]
+            seconds.append(float(np.std([run.train_seconds for run in group if run.finished], ddof=1)))
     published = [float(text) for text in re.findall(r"\d+\.?\d*", json.dumps(folder.published or {}))]
     seconds += [value / scale for value in published for scale in (1, 1000)]
     return losses + published, seconds

@@ -201,14 +201,21 @@ def first_reach(run: Run, loss: float, slope: float) -> tuple[float, bool]:
     return steps[-1] + ((loss - losses[-1]) / slope if slope < 0 else math.nan), False
 
 
+def slope_beyond(curve: Curve) -> float:
+    """Loss per step with which a curve is continued: that of its end or, if it rises there, of its second half."""
+    slope, _ = final_slope(curve)
+    half = curve.steps >= curve.steps[-1] / 2
+    return slope if slope < 0 or half.sum() < 2 else float(np.polyfit(curve.steps[half], curve.losses[half], 1)[0])
+
+
 def steps_at_equal_loss(a: Side, b: Side, curves: tuple[Curve, Curve]) -> dict:
     """Steps that B's runs take to one loss, minus those of A's. The loss is the higher of the two means at the end.
 
-    Runs of the side with that mean end near it, above or below. So those above are continued by a few steps, at the
-    slope of their side's mean curve at its end (`final_slope`), rather than left out: that would choose the better.
+    Runs of the side with that mean end near it, above or below. So those that stay above are continued by a few steps,
+    at the slope of their side's mean curve (`slope_beyond`), rather than left out: that would choose the better.
     """
     loss = max(float(np.mean(side.losses)) for side in (a, b))
-    reached = [[first_reach(run, loss, final_slope(curve)[0]) for run in side.runs]
+    reached = [[first_reach(run, loss, slope_beyond(curve)) for run in side.runs]
                for side, curve in zip((a, b), curves)]
     steps = ([step for step, _ in runs] for runs in reached)
     return {"difference": asdict(welch(*steps)), "loss": loss} | {
@@ -220,7 +227,7 @@ def describe_equal_loss(r: dict) -> str:
     """How `compare_sides` counted the steps at equal loss, in words."""
     steps = r["steps_at_equal_loss"]
     above = [f"{steps[f'above_{key}']} of {r[key]['n']} runs of {key.upper()}" for key in "ab" if steps[f"above_{key}"]]
-    ending = f"; {' and '.join(above)} end above it and are continued at their mean curve's last slope" if above else ""
+    ending = f"; {' and '.join(above)} stay above it and are continued at their mean curve's slope" if above else ""
     return (f"until the loss, linear between validations, first is {steps['loss']:.6f}, the higher mean at the end"
             + ending)
 

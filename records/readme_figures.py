@@ -3,8 +3,9 @@ import re
 from typing import NamedTuple
 
 # A number with at most one point that is no part of a version, a date or a name, and the unit behind it.
-FIGURE = re.compile(r"(?<![\w.])(\d[\d,]*)(\.\d+)?(?!\.?\d)(?!\.?\w*[A-Za-z_]\w*\d)"
-                    r"(?:\s*(ms|seconds|secs?|s|minutes|mins?)\b)?")
+UNIT = r"(ms|seconds|secs?|s|minutes|mins?)\b"
+FIGURE = re.compile(rf"(?<![\w.])(\d[\d,]*)(\.\d+)?(?!\.?\d)(?!\.?\w*[A-Za-z_]\w*\d)(?:(?![A-Za-z_])|(?={UNIT}))"
+                    rf"(?:\s*{UNIT})?")
 LIST = re.compile(r"\[[^\]]*\]")
 RUN_COUNT = re.compile(r"(?<![\w.,/-])(\d+) (?:runs|logs)\b(?! above| below)|\bn ?(?:\(runs\))? ?[=|] ?(\d+)\b", re.I)
 P_VALUE = re.compile(r"\bp(?:-?value)?`? ?[=:|≈] ?`?(0?\.\d+|\d(?:\.\d+)?e-?\d+)", re.I)
@@ -46,7 +47,7 @@ def read_figures(text: str) -> list[Figure]:
             listed = (is_table or in_code or in_list) and not OLDER_RECORD.search(line)
             decimals = len(match[2] or ".") - 1
             value = float(match[1].replace(",", "") + (match[2] or ""))
-            figures.append(Figure(match[0].strip(), value, decimals, match[3] or "", listed))
+            figures.append(Figure(match[0].strip(), value, decimals, match[4] or "", listed))
         offset += len(line)
     return figures
 

@@ -140,9 +140,20 @@ def test_steps_at_equal_loss():
         assert [found["steps_a"], found["steps_b"]] == pytest.approx([np.mean(s) for s in steps])
         assert difference == pytest.approx({"value": np.mean(steps[1]) - np.mean(steps[0]), "low": interval.low,
                                                      "high": interval.high, "p": expected.pvalue})
-        assert f"1 of 2 runs of {'AB'[above[1]]} end above it" in compare.report(r)
+        assert f"1 of 2 runs of {'AB'[above[1]]} stay above it" in compare.report(r)
     flat = compare.compare_sides(hand_made("a", (3.2, 3.3), (2.9, 2.9)), b)["steps_at_equal_loss"]
     assert math.isnan(flat["difference"]["value"])  # a curve that does not fall cannot be continued
+
+
+def test_a_curve_that_rises_at_its_end_is_continued_as_its_second_half_falls():
+    """Mean 4, 2.925, 3 from step 50 on: a fall of 0.02 a step. A loss that is not a number is passed over."""
+    runs = [Run(Path("x"), 100, [Validation(step, loss, step) for step, loss in zip((0, 50, 75, 100), losses)])
+            for losses in ((5.0, 4.0, 3.05, 3.1), (5.0, 4.0, 2.8, 2.9))]
+    side = compare.side_of(runs, "x", Path("x"))
+    found = compare.compare_sides(side, side)["steps_at_equal_loss"]
+    assert found["steps_a"] == pytest.approx(np.mean([105, 50 + 25 / 1.2])) and found["above_a"] == 1
+    gap = Run(Path("x"), 100, [Validation(step, loss, step) for step, loss in ((0, 4.0), (50, math.nan), (100, 3.0))])
+    assert compare.first_reach(gap, 3.1, -0.02) == (pytest.approx(90), True)
 
 
 @pytest.mark.parametrize("name, value", [("torch", "2.9.0+cu126"), ("driver", "570.1"), ("gpus", ("NVIDIA H200",) * 8)])
