@@ -67,13 +67,16 @@ def presets_of(source: str) -> list[str]:
 
 
 def find_constant(tree: ast.Module, name: str, preset: str) -> list[ast.expr]:
-    """The value nodes that set `name` for `preset`: in the call that makes this preset, otherwise at the top level or
+    """The value nodes that set `name` for `preset`: in the calls that make this preset, otherwise at the top level or
     in a class of constants, which has a field `preset` or derives from one that has; in any class, if none has."""
-    in_presets = [keyword.value for call in ast.walk(tree) if isinstance(call, ast.Call)
-                  and any(k.arg == "preset" and isinstance(k.value, ast.Constant) and k.value.value == preset
-                          for k in call.keywords) for keyword in call.keywords if keyword.arg == name]
-    if in_presets:
-        return in_presets
+    calls = [call for call in ast.walk(tree) if isinstance(call, ast.Call) and any(
+        k.arg == "preset" and isinstance(k.value, ast.Constant) and k.value.value == preset for k in call.keywords)]
+    while calls:  # partial(X, ...) where X = partial(...): what the former does not set, the latter may
+        in_presets = [keyword.value for call in calls for keyword in call.keywords if keyword.arg == name]
+        if in_presets:
+            return in_presets
+        calls = [value for call in calls for base in call.args
+                 for value in assigned_in(tree.body, getattr(base, "id", "")) if isinstance(value, ast.Call)]
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     of_constants: list[str] = []
     for node in classes.values():
