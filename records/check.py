@@ -31,8 +31,6 @@ PACKAGES = {"torch", "torchvision", "numpy", "triton", "tqdm", "huggingface_hub"
             "bitsandbytes", "torchao", "schedulefree", "heavyball", "dion", "opt_einsum", "safetensors", "distutils"}
 SHOWN = 4  # examples a message names
 EXPERIMENTS = "experiments"  # folder of comparisons that are no records
-# What a record's task demands; no rule for an experiment.
-OF_THE_TASK = ("target-t", "target-z", "n-needed", "val-tokens", "data", "gpus")
 
 
 class Limits(NamedTuple):
@@ -77,6 +75,7 @@ class Rule(NamedTuple):
     why: str
     origin: str
     on_figures: bool  # applies to published figures too
+    of_task: bool  # demanded by the record's task, and not of an experiment
     test: Callable[[Folder, Limits], list[str] | None]
 
 
@@ -90,10 +89,10 @@ class Finding(NamedTuple):
 RULES: list[Rule] = []
 
 
-def rule(id: str, severity: str, why: str, origin: str, on_figures: bool = False):
+def rule(id: str, severity: str, why: str, origin: str, on_figures: bool = False, of_task: bool = False):
     """Adds the decorated test to RULES."""
     def register(test):
-        RULES.append(Rule(id, severity, why, origin, on_figures, test))
+        RULES.append(Rule(id, severity, why, origin, on_figures, of_task, test))
         return test
     return register
 
@@ -213,7 +212,7 @@ def seeds_differ(folder, limits):
 # Statistics
 
 @rule("target-t", "error", f"The mean of all runs must be below the target with p < {ALPHA} (one-sided t-test).",
-      "records/README.md, rule 1", on_figures=True)
+      "records/README.md, rule 1", on_figures=True, of_task=True)
 def t_test_passes(folder, limits):
     if not folder.counted:
         return None
@@ -230,7 +229,7 @@ def t_test_passes(folder, limits):
 
 
 @rule("target-z", "warning", "Few runs that happen to agree pass a t-test at any margin; the field's pooled sigma does "
-      "not.", "the field: records of n = 2", on_figures=True)
+      "not.", "the field: records of n = 2", on_figures=True, of_task=True)
 def z_test_passes(folder, limits):
     if not folder.counted:
         return None
@@ -240,7 +239,7 @@ def z_test_passes(folder, limits):
 
 
 @rule("n-needed", "note", f"The runs that pass with {POWER:.0%} power at this margin: fewer, and luck decided.",
-      "planning by power", on_figures=True)
+      "planning by power", on_figures=True, of_task=True)
 def enough_runs(folder, limits):
     if not folder.counted:
         return None
@@ -462,13 +461,14 @@ def val_tokens(run: Run) -> int | None:
     return math.prod(map(int, factors)) if all(factor.replace("_", "").isdigit() for factor in factors) else None
 
 
-@rule("val-tokens", "error", f"The loss is defined on {VAL_TOKENS:,} validation tokens.", "records/README.md, rule 1")
+@rule("val-tokens", "error", f"The loss is defined on {VAL_TOKENS:,} validation tokens.", "records/README.md, rule 1",
+      of_task=True)
 def whole_validation_set(folder, limits):
     return [f"{shown(map(name_of, runs))}: " + (f"{tokens:,} tokens" if tokens else "the log does not show how many")
             for tokens, runs in group_by(folder.record + folder.baseline, val_tokens) if tokens != VAL_TOKENS]
 
 
-@rule("data", "error", "Losses on synthetic tokens mean nothing.", "records/README.md, rule 4")
+@rule("data", "error", "Losses on synthetic tokens mean nothing.", "records/README.md, rule 4", of_task=True)
 def real_data(folder, limits):
     return [f"{name_of(run)} trained on synthetic shards" for run in folder.record
             if "SYNTHETIC" in run.constants.get("shards", "")]
@@ -477,7 +477,7 @@ def real_data(folder, limits):
 # ----------------------------------------------------------------------------------------------------------------------
 # Where it ran, and the clock
 
-@rule("gpus", "error", "The task is the time on 8 GPUs of one kind.", "records/README.md, the target")
+@rule("gpus", "error", "The task is the time on 8 GPUs of one kind.", "records/README.md, the target", of_task=True)
 def eight_gpus(folder, limits):
     return [f"{shown(map(name_of, runs))}: " + ("the log shows no GPUs" if hardware == "unknown" else hardware)
             for hardware, runs in group_by(folder.record, lambda run: run.environment.hardware)
@@ -555,11 +555,8 @@ def baseline_is_comparable(folder, limits):
 def apply_rules(folder: Folder, limits: Limits) -> list[Finding]:
     findings = []
     for rule in RULES:
-        messages = None
-        if folder.experiment and rule.id in OF_THE_TASK:
-            pass
-        elif rule.on_figures or folder.logs or folder.unreadable and rule.id == "readable":
-            messages = rule.test(folder, limits)
+        applies = rule.on_figures or folder.logs or folder.unreadable and rule.id == "readable"
+        messages = rule.test(folder, limits) if applies and not (rule.of_task and folder.experiment) else None
         status = "not applicable" if messages is None else "broken" if messages else "ok"
         findings.append(Finding(rule, status, messages or []))
     return findings

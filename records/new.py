@@ -10,7 +10,7 @@ import numpy as np
 import check
 import compare
 from inference import Interval, format_p, std
-from report import claims_of_difference, gather, read_parts, render
+from report import claims_of_difference, page_of
 from run_log import LOG_SUFFIX, RecordError, Run, find_logs, read_log
 from tables import format_markdown, write_text
 
@@ -158,7 +158,7 @@ def new(name: str, date: str, logs: list[Path], baseline: list[Path], what: str,
         write_readme(folder, f"{date} {name}", what, [] if experiment else draw(sides, folder / "figures"))
         compress_logs(folder)
         if experiment:
-            write_text(folder / "report.html", render(gather(folder), read_parts()))
+            write_text(folder / "report.html", page_of(folder))
     except BaseException:
         shutil.rmtree(folder)
         raise

@@ -430,10 +430,15 @@ def render(data: dict, parts: dict[str, str], live: bool = False) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], parts["page"])
 
 
+def page_of(path: Path) -> str:
+    """The report of a folder or a log. Raises RecordError if there is nothing to show."""
+    return render(gather(path), read_parts())
+
+
 def report(path: Path, out: Path | None, as_json: bool) -> None:
     """Writes the report of a folder into it, of a log beside it, or to `out`. Raises RecordError."""
     out = out or (path / "report.html" if path.is_dir() else path.with_name(LOG_SUFFIX.sub("", path.name) + ".html"))
-    text = render(gather(path), read_parts())
+    text = page_of(path)
     try:
         write_text(out, text)
     except OSError as error:

@@ -521,25 +521,21 @@ def time_attention(options: dict, qkv: tuple[Tensor, ...], dy: Tensor, masks: It
     return rows
 
 
-def ms_of(row: dict, phases: tuple[str, ...] = ("forward", "backward")) -> float:
-    return math.inf if "failed" in row else sum(row[f"{phase}_ms"] for phase in phases)
+def ms_of(row: dict, *phases: str) -> float:
+    """Of these phases, or of both."""
+    return math.inf if "failed" in row else sum(row[f"{phase}_ms"] for phase in phases or ("forward", "backward"))
+
+
+def best_row(rows: list[dict], *phases: str) -> dict:
+    """The fastest, in these phases or in both; the first, untuned one where it wins no more than noise."""
+    ms = [ms_of(row, *phases) for row in rows]
+    return rows[ms.index(min(ms))] if min(ms) < (1 - NOISE) * ms[0] else rows[0]
 
 
 def best_of_both(rows: list[dict]) -> dict:
-    """The fastest forward's options with the fastest backward's; the first row's where they win no more than noise."""
-    untuned, chosen = rows[0], {}
-    for phase, prefix, other in (("forward", "fwd_", "bwd_"), ("backward", "bwd_", "fwd_")):
-        fastest = min(rows, key=lambda row: ms_of(row, (phase,)))
-        wins = ms_of(fastest, (phase,)) < (1 - NOISE) * ms_of(untuned, (phase,))
-        chosen |= {name: value for name, value in (fastest if wins else untuned)["options"].items()
-                   if not name.startswith(other)}
-    return chosen
-
-
-def best_row(rows: list[dict]) -> dict:
-    """The fastest; the first, untuned one where it wins no more than noise."""
-    fastest = min(rows, key=ms_of)
-    return fastest if ms_of(fastest) < (1 - NOISE) * ms_of(rows[0]) else rows[0]
+    """The best forward's options with the best backward's."""
+    return {name: value for phase, other in (("forward", "bwd_"), ("backward", "fwd_"))
+            for name, value in best_row(rows, phase)["options"].items() if not name.startswith(other)}
 
 
 def sweep_attention(config: tgm.Config, device: torch.device, save: Callable[[dict], None]) -> None:
@@ -566,7 +562,7 @@ def sweep_attention(config: tgm.Config, device: torch.device, save: Callable[[di
     for window, rows in zip(SWEPT_WINDOWS.values(), swept):
         print(f"\nwindow {window}: forward, backward, sum in ms")
         for row in sorted(rows, key=ms_of):
-            times = "".join(f"{ms:8.3f}" for ms in (ms_of(row, ("forward",)), ms_of(row, ("backward",)), ms_of(row)))
+            times = "".join(f"{ms:8.3f}" for ms in (ms_of(row, "forward"), ms_of(row, "backward"), ms_of(row)))
             print(f"failed: {row['failed']}" if "failed" in row else times, row["options"] or "defaults", sep="  ")
 
 

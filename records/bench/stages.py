@@ -384,7 +384,8 @@ def read_book(path: Path) -> dict:
 
 def file_entry(book: dict, status: str) -> None:
     """The entry of the stage that ran becomes the stage's, but for one that did not end well where an earlier did."""
-    entry = book.pop("running") | {"status": status}
+    entry = book.pop("running")
+    entry["status"] = status
     before = book["stages"].get(entry["stage"], {})
     if status == "ok" or (before.get("status"), before.get("source")) != ("ok", entry["source"]):
         book["stages"][entry["stage"]] = entry
@@ -426,12 +427,10 @@ def run_stage(stage: Stage, book: dict, paths: list[Path], uuid: str | None, ent
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    write()
     file_entry(book, status)
-    for path in paths:
-        write_json(path, book)
+    write()
     shutil.rmtree(folder, ignore_errors=True)
-    return entry | {"status": status}
+    return entry
 
 
 def describe(entry: dict) -> str:
