@@ -1025,7 +1025,7 @@ class Optimizer:
        gradients still arriving and the parameters being sent.
     3. The parameters that arrive last are waited for.
 
-    That is one collective for each bank and direction: `python records/bench/plan.py` prints order, bytes and padding.
+    One collective for each bank and direction: `python records/tools/bench/plan.py` prints order, bytes and padding.
     Gradients are exchanged all-to-all and averaged by their owner: the traffic of a reduce-scatter, but rounded once,
     and identical whatever algorithm the library picks. Banks are disjoint, so their order is free; Snoo's step of a
     group follows the group's update.
@@ -1666,7 +1666,7 @@ def compile_model(model: nn.Module, whole: bool, **options) -> None:
     """In place. whole: one graph, the fastest steps. Otherwise parts compile alone, and blocks of one kind share code.
 
     Then gradients between parts are summed unfused, in bf16: 8 % more traffic, a quarter of the time to compile
-    (records/bench/README.md).
+    (records/tools/bench/README.md).
     """
     options = dict(dynamic=False, fullgraph=True) | options
     # torch's caches know an operation by its name: where what it gives is edited, they would return the old graph.

@@ -5,7 +5,7 @@
     python records/records.py report records/2025-11-02_SmearMTP   # one HTML file: claim, curves, tables
     python records/records.py power                                # how many runs a margin needs
 
-A, B and DIR are logs or folders of logs. `COMMAND --help` says more. Needs records/requirements.txt, no torch, no GPU.
+A, B and DIR are logs or folders of logs. `COMMAND --help` says more. Needs tools/requirements.txt, no torch or GPU.
 """
 import argparse
 import os
@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))
 import campaign
 import check
 import compare

@@ -6,4 +6,4 @@ cd "$(dirname "$0")/.."
 sees_gpu() { "$1" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; }
 python=python3
 if [ -x .venv/bin/python ] && { sees_gpu .venv/bin/python || ! sees_gpu python3; }; then python=.venv/bin/python; fi
-exec "$python" records/bench/stages.py "$@"
+exec "$python" records/tools/bench/stages.py "$@"

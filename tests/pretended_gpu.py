@@ -8,7 +8,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     ROOT = Path(__file__).resolve().parents[1]
-    sys.path[:0] = [str(ROOT), str(ROOT / "records" / "bench")]
+    sys.path[:0] = [str(ROOT), str(ROOT / "records" / "tools" / "bench")]
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""records/weights/audit.py: a trained model passes every check, and every check catches what it is for."""
+"""records/tools/weights/audit.py: a trained model passes every check, and every check catches what it is for."""
 import random
 import struct
 from pathlib import Path

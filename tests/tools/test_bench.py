@@ -361,7 +361,7 @@ def test_the_tool_runs_from_anywhere_and_ends_with_one_line(tmp_path):
 
 
 def test_the_readme_shows_the_modelled_step():
-    tool = helpers.RECORDS / "bench" / "step_model.py"
+    tool = helpers.RECORDS / "tools" / "bench" / "step_model.py"
     out = subprocess.run([sys.executable, str(tool)], capture_output=True, text=True, check=True).stdout
     *tables, summary = out.strip().split("\n\n")
     readme = tool.with_name("README.md").read_text()
@@ -385,7 +385,7 @@ def test_a_table_of_kernels_counts_equal_ones_and_is_read_back():
 
 @pytest.mark.parametrize("version", ["2.11", "2.13"])  # the oldest that has been compiled for, the pinned one
 def test_every_kernel_of_a_run_has_been_compiled_for_an_h100(version):
-    folder = helpers.RECORDS / "bench"
+    folder = helpers.RECORDS / "tools" / "bench"
     text, readme = (folder / f"kernel_specs_{version}.txt").read_text(), (folder / "README.md").read_text()
     assert f", torch {version}." in text.splitlines()[0]
     kernels = kernel_specs.read_table(text)
@@ -400,10 +400,10 @@ def test_every_kernel_of_a_run_has_been_compiled_for_an_h100(version):
 
 
 def test_the_readme_sums_up_the_tables_of_kernels():
-    folder, phases = helpers.RECORDS / "bench", {"training-forward": "training, forward", "validation": "validation",
-                                                 "training-backward": "training, backward",
-                                                 "updates-1-rank": "updates, one rank",
-                                                 "updates-8-ranks": "updates, 8 ranks", "hand-written": "hand-written"}
+    folder = helpers.RECORDS / "tools" / "bench"
+    phases = {"training-forward": "training, forward", "validation": "validation",
+              "training-backward": "training, backward", "updates-1-rank": "updates, one rank",
+              "updates-8-ranks": "updates, 8 ranks", "hand-written": "hand-written"}
     for phase, label in phases.items():
         columns = []
         for version in ("2.11", "2.13"):

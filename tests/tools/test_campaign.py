@@ -1,4 +1,4 @@
-"""records/campaign.py: the order, the edited copies, and every run kept, through a stand-in and the real run.sh."""
+"""campaign.py: the order, the edited copies, and every run kept, through a stand-in and the real run.sh."""
 import ast
 import json
 import os

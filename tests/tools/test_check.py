@@ -1,4 +1,4 @@
-"""records/check.py: every rule has a folder that keeps it and one that breaks it alone."""
+"""records/tools/check.py: every rule has a folder that keeps it and one that breaks it alone."""
 import json
 import shutil
 from dataclasses import replace

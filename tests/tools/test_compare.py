@@ -1,4 +1,4 @@
-"""records/compare.py: differences, and fewer against faster steps, on runs whose parts are known."""
+"""records/tools/compare.py: differences, and fewer against faster steps, on runs whose parts are known."""
 import json
 import math
 import re

@@ -1,4 +1,4 @@
-"""records/follow.py and power.py: a run against the band of reference runs, live and finished."""
+"""records/tools/follow.py and power.py: a run against the band of reference runs, live and finished."""
 import json
 import os
 import threading

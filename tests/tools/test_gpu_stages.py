@@ -49,7 +49,7 @@ def fake(tmp_path):
     """Starts the fake stages with these arguments. minutes: the limit of the one that hangs."""
     def start(*arguments: str, minutes: float) -> subprocess.Popen:
         script = tmp_path / "fake.py"
-        script.write_text(FAKE.format(folder=str(ROOT / "records" / "bench"), minutes=minutes))
+        script.write_text(FAKE.format(folder=str(ROOT / "records" / "tools" / "bench"), minutes=minutes))
         return subprocess.Popen([sys.executable, str(script), "--results", str(tmp_path / "results"), *arguments],
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return start
@@ -159,7 +159,7 @@ def test_the_table_shows_what_has_run_where_and_what_is_owed(tmp_path, capsys):
 
 
 def test_the_readme_has_the_table():
-    books = [stages.read_book(path) for path in sorted((ROOT / "records" / "bench").glob("gpu_*.json"))]
+    books = [stages.read_book(path) for path in sorted((ROOT / "records" / "tools" / "bench").glob("gpu_*.json"))]
     _, made, _ = (ROOT / "README.md").read_text().split("<!-- tests/gpu.sh --list -->")
     assert made.strip("\n") == stages.as_table(books)
 

@@ -1,4 +1,4 @@
-"""records/inference.py against closed forms, scipy's own tests and simulation."""
+"""records/tools/inference.py against closed forms, scipy's own tests and simulation."""
 import math
 
 import numpy as np

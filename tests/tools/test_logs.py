@@ -1,4 +1,4 @@
-"""records/run_log.py: the logs of two years are read, and damaged ones end in one sentence."""
+"""records/tools/run_log.py: the logs of two years are read, and damaged ones end in one sentence."""
 import gzip
 import math
 import re

@@ -125,7 +125,7 @@ def test_passes_of_the_record_cover_what_was_counted_for_an_h100():
     # That count includes inputs that are kept: the blocks' matrices, rotary's tables of T positions, int32 ids; but not
     # the eight lists of two masks.
     inputs = 2 * C * C * (16 * 8 + 15 * 4) + 4 * RECORD.head_dim * T + 4 * T - 8 * 4 * (T // 128) ** 2
-    counted = json.loads((RECORDS / "bench" / "kernel_bytes.json").read_text())["fast"]["saved"]
+    counted = json.loads((RECORDS / "tools" / "bench" / "kernel_bytes.json").read_text())["fast"]["saved"]
     assert abs((passes["saved"] + row + inputs) / 1e9 - counted) <= 0.05  # it is given to 0.1 GB
     # The schedule of TorchInductor has the head's gradients, which are kept, and neither latents nor head.
     assert 0 <= passes["forward"] - passes["saved"] - row - 6.696e9 < head

@@ -1,4 +1,4 @@
-"""records/new.py: a folder made of logs keeps every rule, and the leaderboard is the tool's own."""
+"""records/tools/new.py: a folder made of logs keeps every rule, and the leaderboard is the tool's own."""
 import gzip
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""records/plot.py: figures of the README's width for every kind of source, and what they are drawn from."""
+"""records/tools/plot.py: figures of the README's width for every kind of source, and what they are drawn from."""
 import struct
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""records/report.py and serve.py: what the page holds, how it behaves in a browser, and what a server gives away."""
+"""report.py and serve.py: what the page holds, how it behaves in a browser, and what a server gives away."""
 import gzip
 import json
 import re

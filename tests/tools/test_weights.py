@@ -1,4 +1,4 @@
-"""records/weights/: what was trained is what is exported, evaluates to the log's digits, and speaks; bad input."""
+"""weights/: what was trained is what is exported, evaluates to the log's digits, and speaks; bad input."""
 import hashlib
 import json
 import os
@@ -393,14 +393,14 @@ def test_what_cannot_be_written_leaves_nothing(one_rank, exported, tmp_path, cap
 def test_without_safetensors_checkpoints_still_serve(one_rank, exported, monkeypatch, tmp_path, capsys):
     for name in ("safetensors", "safetensors.torch"):
         monkeypatch.setitem(sys.modules, name, None)
-    sentence = "safetensors is not installed: pip install -r records/requirements.txt"
+    sentence = "safetensors is not installed: pip install -r records/tools/requirements.txt"
     assert sentence in refusal(capsys, "export", one_rank[1], tmp_path / "out")
     assert sentence in refusal(capsys, "evaluate", exported)
     assert weights.main(["evaluate", str(one_rank[1]), "--data", one_rank[0].data_dir]) == 0
 
 
 def test_from_any_folder_as_a_command(tmp_path):
-    command = [sys.executable, str(RECORDS / "weights" / "weights.py"), "evaluate", "nowhere"]
+    command = [sys.executable, str(RECORDS / "tools" / "weights" / "weights.py"), "evaluate", "nowhere"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("weights.py: nowhere does not exist: ") and done.stderr.count("\n") == 1

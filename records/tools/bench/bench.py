@@ -1,13 +1,13 @@
 """What a change to the trainer costs or wins: two models side by side on one GPU, and kernel by kernel.
 
-    python records/bench/bench.py                      # the trainer against its plain twin, one slice, window 14
-    python records/bench/bench.py --windows all --json ab.json    # all six windows that stand for the run
-    python records/bench/bench.py --sides ours,baseline --profile smear    # and a profile of each side
-    python records/bench/bench.py --diff smear.baseline.json smear.ours.json    # kernels gained and lost; no GPU
-    python records/bench/bench.py --kernels            # each hand-written kernel against a library's or plain version
-    python records/bench/bench.py --optimizer          # a rank's step against the frozen optimizer's, alone and of 8
-    python records/bench/bench.py --sweep-attention    # FlexAttention's block sizes, warps and stages
-    python records/bench/bench.py --choose FILE        # the script's two dictionaries of them, from a sweep's results
+    python records/tools/bench/bench.py    # the trainer against its plain twin, one slice, window 14
+    bench.py --windows all --json ab.json    # all six windows that stand for the run
+    bench.py --sides ours,baseline --profile smear    # and a profile of each side
+    bench.py --diff smear.baseline.json smear.ours.json    # kernels gained and lost; no GPU
+    bench.py --kernels            # each hand-written kernel against a library's or plain version
+    bench.py --optimizer          # a rank's step against the frozen optimizer's, alone and of 8
+    bench.py --sweep-attention    # FlexAttention's block sizes, warps and stages
+    bench.py --choose FILE        # the script's two dictionaries of them, from a sweep's results
 
 With --json, what is measured lies in the file as it comes, so that a killed run leaves it.
 Without a GPU the first command counts instead of timing: FLOPs, saved activations, registers, bytes per kernel.
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.nn.attention.flex_attention import flex_attention
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import plain_optimizer  # noqa: E402
@@ -56,7 +56,7 @@ ROUNDS, BLOCK_STEPS = 4, 5  # each round is the blocks A B B A
 HEAD_START = 10**7  # cycles that the GPU sleeps before a block, about 5 ms: launches are then not what is timed
 PROFILED_STEPS = 3
 NOISE = 0.005  # differences below this share of a step are noise
-KERNEL_BYTES = ROOT / "records" / "bench" / "kernel_bytes.json"
+KERNEL_BYTES = ROOT / "records" / "tools" / "bench" / "kernel_bytes.json"
 
 BODY, HEAD = "GEMMs of the body", "GEMM of the head"
 # The first pattern found in a kernel's name decides. Inductor names a fused kernel after all operations in it, so one

@@ -6,7 +6,7 @@
     tests/gpu.sh --list          # what has run where, and what is owed: README's table
     tests/gpu.sh --rehearse      # every stage on a CPU, tiny, with stand-ins, in a temporary folder
 
-A stage is a process of its own with a time limit. All results of a GPU and torch lie in one file of records/bench,
+A stage is a process of its own with a time limit. All results of a GPU and torch lie in one file of this folder,
 complete at any moment: a stage writes what it has found as it finds it, and one that fails leaves its last lines there.
 """
 import argparse
@@ -33,8 +33,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 SCRIPT = Path(__file__).resolve()
-ROOT = SCRIPT.parents[2]
-FOLDERS = ("", "tests", "records/bench", "data/preflight", "records/scale_up_1b")  # of what the stages import
+ROOT = SCRIPT.parents[3]
+FOLDERS = ("", "tests", "records/tools/bench", "data/preflight", "records/scale_up_1b")  # of what the stages import
 SAMPLE_SECONDS = 5
 KEPT_LINES = 60  # of a stage's output
 SAMPLED = {"sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem", "power_w": "power.draw", "used_mib": "memory.used",
@@ -85,7 +85,8 @@ class Job:
     def bench(self, name: str, *options: str) -> dict:
         """bench.py's results, which lie in a file as they come."""
         path = self.folder / f"{name}.json"
-        call(ROOT / ("tests/pretended_gpu.py" if self.tiny else "records/bench/bench.py"), *options, "--json", path)
+        script = "tests/pretended_gpu.py" if self.tiny else "records/tools/bench/bench.py"
+        call(ROOT / script, *options, "--json", path)
         return json.loads(path.read_text())
 
     def make_shards(self, steps: int) -> None:
@@ -282,7 +283,7 @@ def resumes(job: Job) -> None:
     apart = {f"{bank} {name}": relative(resumed[bank][name], x) for bank, state in straight.items()
              for name, x in state.items() if not torch.equal(resumed[bank][name], x)}
     job.keep(different=apart)
-    tool, weights = ROOT / "records" / "weights" / "weights.py", end
+    tool, weights = ROOT / "records" / "tools" / "weights" / "weights.py", end
     if find_spec("safetensors"):  # otherwise the checkpoint itself serves
         weights = job.folder / "weights.safetensors"
         call(tool, "export", end, weights)
@@ -326,7 +327,7 @@ class Stage(NamedTuple):
     files: tuple[str, ...] = ()  # that decide its result, besides the trainer
 
 
-BENCH = "records/bench/bench.py", "tests/plain_twin.py", "tests/plain_optimizer.py"
+BENCH = "records/tools/bench/bench.py", "tests/plain_twin.py", "tests/plain_optimizer.py"
 STAGES = (
     Stage("a", "every kernel once, FlexAttention's gradients, three steps of `short`", 7, first_look),
     Stage("b", "the tests that need a GPU, and the kernels'", 8.5, gpu_tests,
@@ -336,7 +337,7 @@ STAGES = (
     Stage("e", "attention sweep", 8.5, attention_sweep, BENCH),
     Stage("f", "cold and warm start", 7, starts),
     Stage("g", "checkpoint, resume, weights, audit", 8, resumes,
-          ("records/weights/weights.py", "records/weights/audit.py")),
+          ("records/tools/weights/weights.py", "records/tools/weights/audit.py")),
     Stage("h", "memory model against peaks", 8, memory_peaks, ("data/preflight/memory.py",)),
     Stage("i", "20 steps of the 1.5B run", 8.5, second_experiment, ("records/scale_up_1b/train_gpt_1b.py",)),
 )
@@ -496,7 +497,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="for all stages together")
     parser.add_argument("--list", action="store_true", help="what has run where")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, tiny, with stand-ins")
-    parser.add_argument("--results", type=Path, help="folder of the results (default: records/bench)")
+    parser.add_argument("--results", type=Path, help="folder of the results (default: records/tools/bench)")
     parser.add_argument("--copy", type=Path, help="a folder that gets the results' file too, after every change")
     parser.add_argument("--stage", help=argparse.SUPPRESS)  # the process of one stage
     args = parser.parse_args(arguments)

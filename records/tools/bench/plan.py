@@ -1,6 +1,6 @@
 """The communication plan of a training step: what the trainer's own Optimizer sends, and in which order.
 
-    python records/bench/plan.py [PRESET] [RANKS]      medium on 8 ranks unless named; needs no GPU
+    python records/tools/bench/plan.py [PRESET] [RANKS]      medium on 8 ranks unless named; needs no GPU
 
 A bank travels twice in a step: its gradients to the ranks that own them, then its parameters to all. MB: sent one way,
 padding included. unit: what ranks never divide.
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 import train_gpt_medium as tgm  # noqa: E402
 
 

@@ -1,8 +1,8 @@
 """The Triton kernels of a run, compiled for an H100 (sm_90) that is not there: registers, shared memory and spills.
 
-    python records/bench/kernel_specs.py                 the hand-written ones; half a minute
-    python records/bench/kernel_specs.py medium short    and all that TorchInductor generates for these presets, written
-                                                         to kernel_specs_<version of torch>.txt; 4 minutes
+    python records/tools/bench/kernel_specs.py               the hand-written ones; half a minute
+    python records/tools/bench/kernel_specs.py medium short  and all that TorchInductor generates for these presets, in
+                                                             kernel_specs_<version of torch>.txt; 4 minutes
 
 The second needs a CUDA build of torch and a C++ compiler, but no GPU: tensors are fake, and a stub of the driver says
 that there is one. The trainer itself then compiles its model and its updates, at full size; every configuration counts
@@ -32,7 +32,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 import train_gpt_medium as tgm  # noqa: E402
 from count_bytes import replace_file  # noqa: E402
 
@@ -366,7 +366,7 @@ def main(presets: list[str]) -> None:
     if presets:
         version = ".".join(torch.__version__.split(".")[:2])
         replace_file(f"kernel_specs_{version}.txt", f"{datetime.date.today()}, torch {torch.__version__}, triton "
-                     f"{triton.__version__}: python records/bench/kernel_specs.py {' '.join(presets)}\n{table}")
+                     f"{triton.__version__}: python records/tools/bench/kernel_specs.py {' '.join(presets)}\n{table}")
     refuse_too_large(chain(*kernels.values()))
 
 

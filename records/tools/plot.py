@@ -272,7 +272,7 @@ def load_pyplot():
     try:
         import matplotlib
     except ImportError as error:
-        raise RecordError("matplotlib is not installed: pip install -r records/requirements.txt") from error
+        raise RecordError("matplotlib is not installed: pip install -r records/tools/requirements.txt") from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     return plt

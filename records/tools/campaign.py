@@ -17,7 +17,7 @@ import compare
 from run_log import RecordError, read_log
 from tables import format_json, format_table, write_text
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ROOT / "run.sh"
 TRAINER = ROOT / "train_gpt_medium.py"
 EDIT = re.compile(r"[A-Za-z_]\w*=")

@@ -11,7 +11,7 @@ from inference import std
 from run_log import NoSteps, RecordError, Run, Validation, find_logs, read_log, read_published, read_runs
 from tables import format_json
 
-PUBLISHED = Path(__file__).resolve().parent / "2025-11-02_SmearMTP"
+PUBLISHED = Path(__file__).resolve().parents[1] / "2025-11-02_SmearMTP"
 FALSE_ALARM = 0.01  # chance that a faithful run leaves the band anywhere
 LENGTH_TOLERANCE = 0.02  # runs whose lengths differ by less are compared at equal step, the ends with each other
 PRINTED = 0.00005  # half a unit of a loss with four decimals

@@ -14,7 +14,7 @@ from report import claims_of_difference, page_of
 from run_log import LOG_SUFFIX, RecordError, Run, find_logs, read_log
 from tables import format_markdown, write_text
 
-RECORDS = Path(__file__).resolve().parent
+RECORDS = Path(__file__).resolve().parents[1]
 LEADERBOARD = ["date", "name", "mean loss +- std (nats/token)", "mean train time (s)", "n (runs)", "hardware", "torch",
                "folder", "status"]
 MAX_BYTES = 5_000_000  # of a record's folder: above, its logs are compressed

@@ -1,6 +1,6 @@
 """Model of a step on 8 H100s: the record's plain version and this trainer's, part by part.
 
-    python records/bench/step_model.py        the tables of README.md; needs no GPU
+    python records/tools/bench/step_model.py        the tables of README.md; needs no GPU
 
 Work is counted: FLOPs from the model's shapes, bytes of kernels from kernel_bytes.json, what travels from the trainer's
 own Optimizer (plan.py). Rates are assumptions, each with its source below. Only the plain version's sum can be held

@@ -1,6 +1,6 @@
 """Bytes that forward and backward of one full slice move, for the plain twin and for the trainer.
 
-    python records/bench/count_bytes.py TOOL      TOOL is a copy of kernel_bytes.py; about 4 minutes, no GPU
+    python records/tools/bench/count_bytes.py TOOL      TOOL is a copy of kernel_bytes.py; about 4 minutes, no GPU
 
 TOOL schedules a model for an H100 with TorchInductor, executes nothing, and writes a JSON of what each kernel reads and
 writes. It needs a CUDA build of torch. Attention is left out on both sides. A hand-written kernel counts its inputs and
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 import train_gpt_medium as tgm  # noqa: E402
 

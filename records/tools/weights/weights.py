@@ -1,9 +1,9 @@
 """What a run trained, put to use: its checkpoint as one file, its loss again, text from it, an audit of its honesty.
 
-    python records/weights/weights.py export checkpoints/<run id> model.safetensors
-    python records/weights/weights.py evaluate model.safetensors --data data/text    # the log's val_loss at that step
-    python records/weights/weights.py sample model.safetensors --prompt "The "
-    python records/weights/weights.py audit model.safetensors --data data/text       # exit status 1 if a check fails
+    python records/tools/weights/weights.py export checkpoints/<run id> model.safetensors
+    weights.py evaluate model.safetensors --data data/text    # the log's val_loss at that step
+    weights.py sample model.safetensors --prompt "The "
+    weights.py audit model.safetensors --data data/text       # exit status 1 if a check fails
 
 A checkpoint (a step's folder, or a run's, whose last complete step is meant) serves in place of the file everywhere.
 Needs torch, and safetensors for files. Runs on a GPU if there is one: written for that, but not run on one yet.
@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))
+sys.path.append(str(Path(__file__).resolve().parents[3]))
 try:
     import torch
     import train_gpt_medium as tgm
@@ -141,7 +141,7 @@ def load_safetensors():
     try:
         import safetensors.torch
     except ImportError as error:
-        raise UserError("safetensors is not installed: pip install -r records/requirements.txt") from error
+        raise UserError("safetensors is not installed: pip install -r records/tools/requirements.txt") from error
     return safetensors
 
 
