@@ -40,8 +40,8 @@ def test_a_new_folder_keeps_every_rule(records_folder, capsys):
     findings = check.apply_rules(check.read_folder(folder), check.Limits())
     assert {f.rule.id: f.status for f in findings} == {
         rule.id: "not applicable" if rule.id == "scripts" else "ok" for rule in check.RULES}
-    assert len(list(folder.glob("*.txt"))) == 8 and len(list(folder.glob("baseline/*.txt"))) == 4
-    assert [path.stem for path in folder.glob("failed/*.txt")] == [crashed.run_id]
+    assert [len(list(folder.glob(pattern))) for pattern in ("*.txt.gz", "baseline/*.txt.gz", "failed/*.txt.gz")] == [
+        8, 4, 1]
     text = (folder / "README.md").read_text()
     assert "## What changed\n\nA constant.\n" in text and "of which faster steps, at equal window and batch (s)" in text
     for path in folder.glob("figures/*.png"):
@@ -107,16 +107,21 @@ def test_a_log_given_twice_is_refused(records_folder):
         new.new("X", "2026-01-02", [log, log], [], "-", False, records_folder)
 
 
-def test_a_large_folder_is_compressed_and_read_all_the_same(records_folder, monkeypatch):
+def test_logs_are_compressed_and_the_same_logs_give_the_same_bytes(records_folder):
+    """Also those that came compressed; a folder of plain logs is judged alike."""
     make(records_folder)
-    monkeypatch.setattr(new, "MAX_BYTES", 300_000)
-    make(records_folder, "Compressed")
-    plain, compressed = (records_folder / f"2026-01-02_{name}" for name in ("Made-up", "Compressed"))
-    names = sorted(path.relative_to(plain) for path in plain.rglob("*.txt"))
-    assert sorted(path.relative_to(compressed) for path in compressed.rglob("*.txt*")) == [
-        Path(f"{name}.gz") for name in names] and len(names) == 12
-    assert [gzip.decompress((compressed / f"{name}.gz").read_bytes()) for name in names] == [
-        (plain / name).read_bytes() for name in names]
-    verdicts = [[(f.rule.id, f.status) for f in check.apply_rules(check.read_folder(folder), check.Limits())]
-                for folder in (plain, compressed)]
+    for log in (records_folder.parent / "runs").rglob("*.txt"):
+        (log.parent / f"{log.name}.gz").write_bytes(gzip.compress(log.read_bytes(), 1))
+        log.unlink()
+    runs = records_folder.parent / "runs"
+    new.new("Again", "2026-01-02", [runs / "new"], [runs / "old"], "A constant.", False, records_folder)
+    first, again = ({path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.txt.gz")} for folder in (
+        records_folder / f"2026-01-02_{name}" for name in ("Made-up", "Again")))
+    assert first == again and len(first) == 12
+    folder = records_folder / "2026-01-02_Again"
+    verdicts = [[(f.rule.id, f.status) for f in check.apply_rules(check.read_folder(folder), check.Limits())]]
+    for path, content in first.items():
+        (folder / path).with_suffix("").write_bytes(gzip.decompress(content))
+        (folder / path).unlink()
+    verdicts += [[(f.rule.id, f.status) for f in check.apply_rules(check.read_folder(folder), check.Limits())]]
     assert verdicts[0] == verdicts[1]
