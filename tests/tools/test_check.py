@@ -171,13 +171,6 @@ def test_several_sources_in_a_log_and_names_defined_there_count(record):
     assert broken_rules(record) == {}
 
 
-def test_unfinished_runs_have_their_own_verdict(tmp_path):
-    logs.write_log(tmp_path, replace(SPEC, last_step=60))
-    folder = check.read_folder(tmp_path)
-    assert check.verdict_of(folder, check.apply_rules(folder, LIMITS)).startswith("unfinished")
-    assert check.check(tmp_path, LIMITS, as_json=False) == 1
-
-
 def test_a_log_cut_anywhere_is_of_an_unfinished_run(tmp_path, capsys):
     """In its head, between lines, within any of them, and within the last validation, whose loss would be another."""
     text = logs.log_text(replace(SPEC, num_iterations=20, val_every=5))
@@ -212,12 +205,6 @@ def test_figures_only(capsys):
     assert report["statistics"]["n"] == 26 and report["statistics"]["t_p"] < 0.01
     status = {rule["id"]: rule["status"] for rule in report["rules"]}
     assert "broken" not in status.values() and status["target-t"] == "ok" and status["times"] == "not applicable"
-
-
-def test_figures_that_contradict_each_other(tmp_path):
-    folder = Path(shutil.copytree(RECORDS / "2025-11-02_SmearMTP", tmp_path / "figures"))
-    replace_in(folder / "README.md", "| 2.919393 |", "| 2.918393 |")
-    assert set(broken_rules(folder)) == {"readme-has-runs", "readme-from-logs"}
 
 
 @pytest.mark.parametrize("text", [

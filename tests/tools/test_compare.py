@@ -93,11 +93,6 @@ def test_logs_that_do_not_state_their_windows_are_not_split_by_them(tmp_path, ca
     assert "at equal share of the run" in compare.report(r) and r["loss_at_equal"]["tokens"] == []
 
 
-def test_runs_that_state_other_windows_than_their_side_are_told(tmp_path):
-    logs.write_log(tmp_path / "b", replace(LAST, seed=9, last_window=8))
-    assert any(line.startswith("b: the logs do not state") for line in compare_specs(tmp_path, LAST, LAST)["warnings"])
-
-
 def test_losses_at_equal_tokens(tmp_path):
     """The run of fewer tokens ends the table; where batches are equal, equal steps are equal tokens."""
     full = replace(LAST, num_iterations=200)
