@@ -1,4 +1,4 @@
-"""Runs of one script as a side, and what they show on average: the curves that `compare`, `plot` and `report` share."""
+"""Runs of one script as a side, and what they show on average: the curves that the tools share."""
 import math
 from pathlib import Path
 from typing import NamedTuple

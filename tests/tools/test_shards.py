@@ -133,17 +133,6 @@ def test_val_and_train_are_disjoint(text_split):
     assert not set(text_split["val"]) & {part for document in text_split["train"] for part in document.split(b"\n\n")}
 
 
-def test_val_and_train_mix_topics_and_modules(text_split):
-    from pydoc_data.topics import topics
-    wanted = {generate.clean(text).encode() for text in topics.values()}
-    num_topics = {key: sum(document in wanted for document in text_split[key]) for key in text_split}
-    # Drawn without replacement: the hypergeometric mean and standard deviation of validation's share, 5 sigma.
-    num_val, num_all = len(text_split["val"]), len(text_split["val"]) + len(text_split["train"])
-    share = sum(num_topics.values()) / num_all
-    sigma = (num_val * share * (1 - share) * (num_all - num_val) / (num_all - 1)) ** 0.5
-    assert 0 < num_topics["val"] and abs(num_topics["val"] - num_val * share) < 5 * sigma
-
-
 def test_text_is_the_same_in_another_process(text_folder, tmp_path):
     result = run("text", tmp_path)
     assert result.returncode == 0 and not result.stderr
@@ -169,11 +158,6 @@ class B: pass
         warnings.simplefilter("error")  # the method's backslash is worth one
         assert generate.docstrings(source.encode()) == ["module", "class\n\nindented", "method \\d", "function"]
     assert generate.docstrings(b"def broken(") == generate.docstrings(b"\0") == []
-
-
-def test_clean_text_can_always_be_encoded():
-    assert generate.clean("  é\ud800 \r\n\tx\n\n") == "é\n\tx"
-    assert generate.encode("é").tolist() == [256, 0xC3, 0xA9]
 
 
 def test_tests_and_packages_are_left_out(tmp_path):

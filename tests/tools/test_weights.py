@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -337,10 +336,3 @@ def test_without_safetensors_checkpoints_still_serve(one_rank, exported, monkeyp
     assert sentence in refusal(capsys, "export", one_rank[1], tmp_path / "out")
     assert sentence in refusal(capsys, "evaluate", exported)
     assert weights.main(["evaluate", str(one_rank[1]), "--data", one_rank[0].data_dir]) == 0
-
-
-def test_from_any_folder_as_a_command(tmp_path):
-    command = [sys.executable, str(RECORDS / "tools" / "weights" / "weights.py"), "evaluate", "nowhere"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("weights.py: nowhere does not exist: ") and done.stderr.count("\n") == 1
