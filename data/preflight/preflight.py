@@ -16,9 +16,6 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
-
 # Oldest Linux driver for each major version of CUDA (NVIDIA's table of minor-version compatibility).
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 ALL_REDUCE_LIMIT_S = 30
@@ -42,13 +39,6 @@ class Gpu(NamedTuple):
     free_mib: int
     driver: str
     capability: str
-
-
-def load_script():
-    """The training script, as a module."""
-    path = ROOT / (os.environ.get("TRAIN_SCRIPT") or "train_gpt_medium.py")
-    sys.path.insert(0, str(path.parent))
-    return importlib.import_module(path.stem)
 
 
 def list_gpus() -> list[Gpu]:
@@ -263,7 +253,7 @@ def report(preset: str) -> list[Line]:
         return [check_gpus(gpus, preset), broken]
     try:
         import memory
-        script = load_script()
+        script = memory.load_script()
         machine = memory.machine_of(next(iter(script.PRESETS.values()))())
         config = machine.choose_config(script.PRESETS, [preset])
         num_shards = machine.shards_needed(config, [])
