@@ -1,6 +1,7 @@
 """The benchmark's data, counts and results on a CPU, and the stages that run it: nothing here is timed."""
+import contextlib
 import json
-import re
+import math
 import subprocess
 import sys
 from itertools import count, cycle
@@ -56,57 +57,34 @@ def test_sides_have_the_same_weights_and_no_initial_value():
     assert all(torch.equal(p, weights[name]) for name, p in baseline.named_parameters())
 
 
-def test_flop_counts_are_those_of_the_budget():
+def test_counted_flops_are_those_of_the_budget():
+    """Attention's over the visible 128 x 128 tiles: 2 products forward, 5 backward."""
     config = tgm.Config()
-    tflop = bench.gemm_tflop(config)
+    tflop = step_model.gemm_tflop(config)
     assert {name: round(x, 1) for name, x in tflop.items()} == {"QKV": 18.6, "O": 6.2, "MLP": 52.8, "head": 20.3}
     ids, _ = bench.one_slice(config, CPU)
-    assert round(bench.attention_tflop(ids, 14, config), 1) == 10.0
-    # Without documents, window 1 is the diagonal: 512 tiles in each of 15 layers and 8 heads, 7 products each.
-    no_documents = torch.zeros(config.seq_len, dtype=torch.int32)
-    assert bench.attention_tflop(no_documents, 1, config) == pytest.approx(15 * 512 * 8 * 7 * 2 * 128 ** 3 / 1e12)
+    long, short = (plain_twin.window_block_mask(ids, torch.tensor(window), config.doc_token) for window in (
+        14, 14 // config.short_window_divisor))
+    tiles = sum(int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum()) for mask in (
+        long if layer.long_window else short for layer in config.layers if layer.attention))
+    assert tiles * 7 * 2 * 128 ** 2 * config.model_dim / 1e12 == pytest.approx(step_model.ATTENTION_TFLOP, rel=0.005)
 
 
-def test_saved_bytes_count_storages_once_and_no_parameters():
-    class Square(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.ones(8, 1))
+def test_a_profile_has_kernels_alone(monkeypatch):
+    """The longest first, a step of three."""
+    def row(key, us, device=DeviceType.CUDA, annotation=False):
+        return SimpleNamespace(key=key, count=6, self_device_time_total=us, device_type=device,
+                               is_user_annotation=annotation)
 
-        def forward(self, ids, targets, window_blocks):
-            x = ids.float()[None] * self.weight  # saves ids as floats, 4 bytes a token, and the weight
-            return (x * x.view(8, -1)).sum() + self.weight.square().sum()  # saves x twice: 8 x 4 bytes a token
-
-    assert bench.saved_bytes_per_token(Square(), torch.arange(32), torch.arange(32)) == 36
-
-
-def test_without_a_gpu_counts_are_printed(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    bench.main(["--windows", "2"])
-    lines = {line[:40].strip(): line[40:].split() for line in capsys.readouterr().out.splitlines()}
-    assert lines["GEMMs, MLP"] == ["52.777"] and "attention, window 2, this slice's tiles" in lines
-    assert 0 < float(lines["ours"][0]) < float(lines["plain"][0])
-
-
-def test_kernels_are_tabulated_and_compared(monkeypatch, tmp_path, capsys):
-    """From the profiler's events: with Inductor's last number, new in every compilation, not with a library's."""
-    def on_gpu(name, us, annotation=False):
-        return SimpleNamespace(device_type=DeviceType.CUDA, name=name, is_user_annotation=annotation,
-                               time_range=SimpleNamespace(elapsed_us=lambda: us))
-
-    before, after = (bench.tabulate([
-        on_gpu("triton_red_fused_a_1", us), on_gpu("triton_red_fused_a_22", us), on_gpu(library, 2000),
-        on_gpu("triton_poi_fused_b_3", 4), on_gpu("## whole step ##", 9000, annotation=True),
-        SimpleNamespace(device_type=DeviceType.CPU, name="aten::mm", is_user_annotation=False)], num_steps=2)
-        for us, library in ((1000, "nvjet_128x256_4"), (1500, "nvjet_128x256_8")))
-    assert before == {"triton_red_fused_a": [1, 1], "nvjet_128x256_4": [0.5, 1], "triton_poi_fused_b": [0.5, 0.002]}
-    for name, kernels in (("before", before), ("after", after)):
-        (tmp_path / name).write_text(json.dumps({"profiles": {"ours": kernels}}))
-    bench.main(["--diff", str(tmp_path / "before"), str(tmp_path / "after")])
-    assert [line.split() for line in capsys.readouterr().out.splitlines()[1:]] == [
-        ["all", "2.002", "2.502", "0.500", "2", "2"], ["nvjet_128x256_4", "1.000", "0.000", "-1.000", "0.5", "0"],
-        ["nvjet_128x256_8", "0.000", "1.000", "1.000", "0", "0.5"],
-        ["triton_red_fused_a", "1.000", "1.500", "0.500", "1", "1"]]  # the fourth is noise
+    averages = [row("a", 3000), row("b", 6000), row("aten::mm", 9, DeviceType.CPU), row("# step", 9, annotation=True)]
+    with torch.profiler.profile() as profiler:
+        torch.ones(2)
+    assert vars(row("", 0)).keys() <= {*dir(profiler.key_averages()[0])}
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: contextlib.nullcontext(
+        SimpleNamespace(key_averages=lambda: averages)))
+    monkeypatch.setattr(bench, "step", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert [*bench.profile_side(*[None] * 4).items()] == [("b", (2, 2)), ("a", (2, 1))]
 
 
 @pytest.fixture
@@ -145,13 +123,14 @@ def pretended_gpu(monkeypatch):
 
 @pytest.fixture
 def stage(pretended_gpu, monkeypatch, tmp_path):
-    """Runs a stage on the small model, its benchmark in this process: the benchmark's file."""
+    """Runs a stage on the small model, its benchmark in this process: the results in the benchmark's file."""
     monkeypatch.setattr(stages, "call", lambda script, *options: bench.main([*map(str, options)], small_config(), CPU))
 
     def run(key: str) -> dict:
         next(stage for stage in stages.STAGES if stage.key == key).run(job=stages.Job(tmp_path))
         results = json.loads((tmp_path / "bench.json").read_text())
-        assert results["gpu"] == "X" and results["torch"] == torch.__version__
+        assert (results.pop("gpu"), results.pop("torch")) == ("X", torch.__version__) and results.pop("date")
+        assert results.pop("triton") and results["says"].keys() == results.keys() - {"says"}
         return results
     return run
 
@@ -162,24 +141,33 @@ def test_blocks_run_in_the_order_a_b_b_a(pretended_gpu):
     def call(name):
         order.append(name)
         start = len(order)
-        return [SimpleNamespace(at=at, elapsed_time=lambda end, at=at: end.at - at) for at in (0, start, 3 * start)]
+        return SimpleNamespace(elapsed_time=lambda end: end.at - start), SimpleNamespace(at=3 * start)
 
     ms = bench.interleave({"a": lambda: call("a"), "b": lambda: call("b")}, rounds=2, block=2)
     assert "".join(order) == "aabbbbaa" * 2
-    assert ms["a"].shape == ms["b"].shape == (2, 4, 2)
-    assert ms["a"][1].tolist() == [[9, 18], [10, 20], [15, 30], [16, 32]]
-    assert bench.spread(np.array([1, 2, 3, 4, 10]))["median"] == 3
+    assert {name: rows.tolist() for name, rows in ms.items()} == {
+        "a": [[2, 4, 14, 16], [18, 20, 30, 32]], "b": [[6, 8, 10, 12], [22, 24, 26, 28]]}
+
+
+def test_ratios_are_of_medians(pretended_gpu, monkeypatch):
+    monkeypatch.setattr(bench, "interleave", lambda calls, *_, **__: {
+        "a": np.array([[1, 2, 3], [2, 3, 4]]), "b": np.array([[4, 4, 9], [5, 5, 5]])})
+    rows, says = bench.compare("x", {"a": None, "b": None})
+    assert rows["a"] == {"ms": [2.5, 2, 3], "ratio": [1, 1, 1]}
+    assert rows["b"] == {"ms": [5, 4.25, 5], "ratio": [0.5, 0.5, 0.6]} and says == "x: a 2.500 ms, b 5.000 ms"
+
+
+ONE = {"ms": [1, 1, 1], "ratio": [1, 1, 1]}  # every call takes one of the clock's
 
 
 def test_sides_are_compared_at_three_windows_with_every_figure(stage, monkeypatch):
-    monkeypatch.setattr(bench, "profile_side", lambda *_: {"nvjet_a": [1, 7.0]})
+    monkeypatch.setattr(bench, "profile_side", lambda *_: {"nvjet_a": (1, 7.0)})
     results = stage("d")
-    one = {"median": 1, "lower_quartile": 1, "upper_quartile": 1}
-    side = {"forward_ms": one, "backward_ms": one, "sum_ms": {name: 2 for name in one}, "saved_gb": 3, "peak_gb": 5}
-    window = {"sides": {"ours": side, "plain": side}, "ratio": 1, "ratio_by_round": [1, 1]}
-    assert results["windows"] == {"14": window, "3": window, "27": window}
-    assert results["says"][1] == "window 3: ours 2.0 ms, 5.0 GB, plain 2.0 ms, 5.0 GB"
-    assert results["profiles"] == {"ours": {"nvjet_a": [1, 7]}, "plain": {"nvjet_a": [1, 7]}}
+    side = ONE | {"saved_gb": 3, "peak_gb": 5}
+    assert results["says"]["window 3"] == "window 3: ours 1.000 ms, plain 1.000 ms, ratio 1.000, peaks 5.0 and 5.0 GB"
+    assert results == {"says": results["says"]} | {
+        f"window {blocks}": {"ours": side, "plain": side} for blocks in (14, 3, 27)} | {
+        f"profile of {name}": {"nvjet_a": [1, 7]} for name in ("ours", "plain")}
 
 
 def test_optimizers_are_compared_on_one_rank_and_on_one_of_eight(stage, monkeypatch):
@@ -187,25 +175,26 @@ def test_optimizers_are_compared_on_one_rank_and_on_one_of_eight(stage, monkeypa
     monkeypatch.setattr(torch.distributed, "all_to_all_single", lambda received, *args, **kwargs: (
         sent.append(torch.distributed.get_world_size()), exchange(received.zero_(), *args, **kwargs))[1])
     results = stage("k")
-    one = {"median": 1, "lower_quartile": 1, "upper_quartile": 1}
-    assert results["ranks"] == {size: {"ours": one, "frozen": one} for size in ("1", "8")}
+    assert results == {"says": results["says"]} | {
+        f"one of {size} ranks": {"ours": ONE, "frozen": ONE} for size in (1, 8)}
     assert set(sent) == {8} and not torch.distributed.is_initialized()
-    assert results["says"][1] == "one of 8 ranks: ours 1.0 ms, frozen 1.0 ms"
+    assert results["says"]["one of 8 ranks"] == "one of 8 ranks: ours 1.000 ms, frozen 1.000 ms"
 
 
 def test_kernels_are_compared_with_what_they_replace(stage, monkeypatch, tmp_path):
     results = stage("e")
-    assert {name: len(row["versions"]) for name, row in results["kernels"].items()} == {
+    says = results.pop("says")
+    assert {name: len(row) - 1 for name, row in results.items()} == {
         "mlp_up": 3, "mlp_down_grad": 2, "cross_entropy": 2, "embedding_grad": 2,
         "symmetric_product, 4 matrices": 2, "symmetric_product, 32 matrices": 2,
         "symmetric_product plus x, 4 matrices": 2, "symmetric_product plus x, 32 matrices": 2}
-    assert all(0 < row["error"] < 0.01 for row in results["kernels"].values())
-    assert "cross_entropy 1.000 ms, compiled plain, both passes 1.000 ms" in results["says"]
+    assert all(0 < row["error"] < 0.01 for row in results.values())
+    assert says["mlp_down_grad"].startswith("mlp_down_grad: ours 1.000 ms, library GEMM alone 1.000 ms, error 0.")
     for error in (0.03, float("nan")):
         monkeypatch.setattr(bench, "kernel_error", lambda case: error if case.name == "mlp_up" else 0.01)
-        with pytest.raises(tgm.UserError, match=f"^not within 2% of fp32: {{'mlp_up': {error}}}$"):
+        with pytest.raises(tgm.UserError, match="^not within 2% of fp32: mlp_up$"):
             stage("e")
-        assert "embedding_grad" in json.loads((tmp_path / "bench.json").read_text())["kernels"]  # the last is timed
+        assert "embedding_grad" in json.loads((tmp_path / "bench.json").read_text())  # the last is timed
 
 
 def test_a_gradient_that_is_not_finite_is_an_error():
@@ -217,37 +206,35 @@ def test_a_gradient_that_is_not_finite_is_an_error():
 
 def test_a_configuration_that_fails_is_a_row_of_the_sweep(stage):
     results = stage("f")
-    assert [*results["attention"]] == ["14", "7"]
-    for rows in results["attention"].values():
-        times = [(row.get("forward_ms"), row.get("backward_ms"), row.get("failed")) for row in rows]
-        failed = (None, None, "RuntimeError: out of resource")
-        assert len(times) == 2 + 11 + 7 and times.count(failed) == 2 and times.count((1, 1, None)) == 17
-        assert (None, None, "FloatingPointError: attention or a gradient is not finite") in times
-    assert results["says"][0] == "window 14: 2.000 ms, untuned 2.000, 3 configurations fail"
+    for name in bench.SWEPT_WINDOWS:
+        rows = [(row["ms"], row.get("failed")) for row in results[name]["candidates"]]
+        assert len(rows) == 2 + 11 + 7 and rows.count((math.inf, "RuntimeError: out of resource")) == 2
+        assert (math.inf, "FloatingPointError: attention or a gradient is not finite") in rows
+        assert rows.count((1, None)) == 17 and results[name]["chosen"] == {}
+    assert results["says"]["LONG_WINDOW_KERNEL"] == "window 14: 1.000 ms, 1.000 with {}; 3 configurations fail"
 
 
 def test_the_sweep_chooses_for_each_window_and_prints_what_to_paste(stage, monkeypatch, tmp_path, capsys):
     """Long windows win by a forward's and a backward's options; short ones by noise."""
-    def time_attention(options, qkv, dy, masks, scale):
-        ms = [3.0 - (options.get("fwd_BLOCK_N") == 64) - (options.get("fwd_num_stages") == 4),
-              4.0 - (options.get("bwd_num_warps") == 8)]
-        return [{"options": options, "forward_ms": ms[0], "backward_ms": ms[1]},
-                {"options": options, "forward_ms": 3 + 0.001 * ms[0], "backward_ms": 4.0}]
+    def time_attention(options, *_):
+        won = sum(options.get(name) == value for name, value in (
+            ("fwd_BLOCK_N", 64), ("fwd_num_stages", 4), ("bwd_num_warps", 8)))
+        return [{"options": options, "ms": 7 - won}, {"options": options, "ms": 7 - 0.001 * won}]
 
     monkeypatch.setattr(bench, "time_attention", time_attention)
     results = stage("f")
-    both = {
-        "fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_stages": 4, "fwd_num_warps": 4, "bwd_BLOCK_M1": 64,
-        "bwd_BLOCK_N1": 128, "bwd_BLOCK_M2": 128, "bwd_BLOCK_N2": 64, "bwd_num_stages": 2, "bwd_num_warps": 8}
-    (tmp_path / "book.json").write_text(json.dumps({"runs": [{"result": results}, {"result": {}}]}))
+    assert results["says"]["LONG_WINDOW_KERNEL"].startswith("window 14: 7.000 ms, 4.000 with ")
+    (tmp_path / "book.json").write_text(json.dumps({"runs": [{"result": results | {"gpu": "X", "torch": "2"}},
+                                                             {"result": {}}]}))
     for file in ("bench.json", "book.json"):
         capsys.readouterr()
         bench.main(["--choose", str(tmp_path / file)])
         out = capsys.readouterr().out
         exec(out, pasted := {})
-        assert (pasted["LONG_WINDOW_KERNEL"], pasted["SHORT_WINDOW_KERNEL"]) == (both, {})
-        assert max(map(len, out.splitlines())) <= 120
-        assert f"on X, torch {torch.__version__}" in out and "# window 14: 4.000 ms, untuned 7.000" in out
+        assert out.startswith("# by a sweep on X, torch 2") and max(map(len, out.splitlines())) <= 120
+        assert pasted["SHORT_WINDOW_KERNEL"] == {} and pasted["LONG_WINDOW_KERNEL"] == {
+            "fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_stages": 4, "fwd_num_warps": 4, "bwd_BLOCK_M1": 64,
+            "bwd_BLOCK_N1": 128, "bwd_BLOCK_M2": 128, "bwd_BLOCK_N2": 64, "bwd_num_stages": 2, "bwd_num_warps": 8}
 
 
 @pytest.mark.parametrize("arguments, sentence", [
@@ -256,8 +243,7 @@ def test_the_sweep_chooses_for_each_window_and_prints_what_to_paste(stage, monke
     (["--profile", "--kernels"], "argument --profile: it profiles two sides"),
     (["--kernels"], "a measurement needs a CUDA GPU and none is visible"),
     (["--json", "x.json"], "a measurement needs a CUDA GPU and none is visible"),
-    (["--choose", bench.__file__], f"{bench.__file__} has no attention: make it with --sweep-attention"),
-    (["--diff", "missing.json", "missing.json"], "missing.json has no profiles: make it with --profile")])
+    (["--choose", bench.__file__], f"{bench.__file__} holds no sweep: make one with --sweep-attention")])
 def test_bad_input_gets_a_sentence(arguments, sentence, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises((SystemExit, tgm.UserError)) as caught:
@@ -270,22 +256,12 @@ def test_a_file_that_could_not_be_written_is_refused_before_the_measurement(pret
         bench.main(["--json", str(tmp_path / "missing" / "p")])
 
 
-def test_the_tool_runs_from_anywhere_and_ends_with_one_line(tmp_path):
-    command = [sys.executable, bench.__file__, "--choose", "x"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("error: x has no attention: ") and done.stderr.count("\n") == 1
-
-
 def test_the_readme_shows_the_modelled_step():
     tool = helpers.RECORDS / "tools" / "bench" / "step_model.py"
     out = subprocess.run([sys.executable, str(tool)], capture_output=True, text=True, check=True).stdout
-    *tables, summary = out.strip().split("\n\n")
+    table, summary = out.strip().split("\n\n")
     readme = tool.with_name("README.md").read_text()
-    for table in tables:
-        assert table in readme
-    ms, minutes = re.fullmatch(r"mean step (\d+) ms, ([\d.]+) minutes", summary).groups()
-    assert f"{ms} ms in the mean, {minutes} minutes" in " ".join(readme.split())
+    assert table in readme and summary in " ".join(readme.split())
 
 
 def test_a_table_of_kernels_counts_equal_ones_and_is_read_back():
@@ -347,16 +323,12 @@ def test_the_plan_of_the_record():
         "qkvo bfloat16 62914560 4194304 134.2 1024 x 1024", "lm_head float32 51511296 0 206.0 128",
         "scalars float32 99 925 0.0 128", "embeds bfloat16 360242176 0 720.5 128", "all 1329.2",
         "12 collectives in a step"]
+    groups = tuple(group._replace(rule=tgm.Muon(lr=0.03, decay=0.01)) if group.name == "lm_head" else group
+                   for group in tgm.GROUPS)
+    assert plan.format_plan(tgm.Config(groups=groups), 8).splitlines()[-1].startswith("lm_head: 88% of what 8 ranks")
 
 
 def test_one_rank_sends_nothing():
     done = subprocess.run([sys.executable, plan.__file__, "tiny", "1"], capture_output=True, text=True, check=True)
     assert done.stdout == plan.format_plan(tgm.PRESETS["tiny"](), 1) + "\n"
     assert done.stdout.endswith("\n0 collectives in a step\n")
-
-
-@pytest.mark.parametrize("update, tail", [(0.5, 6), (3, 8)])  # in units of a bank's way: hidden by the third; too long
-def test_the_model_of_the_tail_waits_for_what_it_must(update, tail):
-    way = step_model.COLLECTIVE_MS + 8e9 * 7 / 8 / (step_model.NVLINK_GBS * 1e6)
-    a, b, c = (step_model.Message(name, 8e9, 0, ms) for name, ms in (("a", 0), ("b", update * way), ("c", 0)))
-    assert step_model.simulate([[a, b], [c]])["tail"] == pytest.approx(tail * way)

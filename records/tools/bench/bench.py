@@ -3,20 +3,17 @@
     python records/tools/bench/bench.py    # the trainer against its plain twin, one slice, window 14
     bench.py --sides ours baseline --windows 3 14 27    # the record without Smear-MTP; windows in blocks
     bench.py --profile --json ab.json    # and the kernels of both sides
-    bench.py --diff before.json after.json    # the trainer's kernels in two such files; no GPU
     bench.py --kernels            # each hand-written kernel: its error, and its time against what it replaces
     bench.py --optimizer          # a rank's step against the frozen optimizer's, alone and of 8
     bench.py --sweep-attention    # FlexAttention's block sizes, warps and stages
     bench.py --choose FILE        # the script's two dictionaries of them, from a sweep's results
 
 With --json, what is measured lies in the file as it comes, so that a killed run leaves it.
-Without a GPU the first command counts instead of timing: FLOPs and saved activations.
 """
 import argparse
 import json
 import math
 import os
-import re
 import sys
 import textwrap
 import time
@@ -25,7 +22,6 @@ from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from importlib import metadata
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,7 +39,6 @@ import plain_optimizer  # noqa: E402
 import plain_twin  # noqa: E402
 import train_gpt_medium as tgm  # noqa: E402
 from stages import write_json  # noqa: E402
-from step_model import gemm_tflop  # noqa: E402
 
 SIDES = ("ours", "plain", "baseline")  # the baseline is the record without Smear-MTP
 DATA_SEED = 77  # of the first hundred, the slice whose attention at window 14 comes closest to the run's 10.0 TFLOP
@@ -62,7 +57,7 @@ FORWARD_BLOCKS = ((128, 128, 2, 8), (128, 128, 1, 8), *((128, 64, stages, warps)
 BACKWARD_BLOCKS = (*((64, 64, 64, 64, stages, 4) for stages in (2, 3, 4)), (64, 128, 128, 64, 2, 8),
                    (64, 128, 128, 64, 3, 8), (32, 128, 128, 32, 3, 8))
 
-Save = Callable[[dict], None]  # writes down what has been found so far
+Save = Callable[[str, dict, str], None]  # writes down at once what was found, by its name, and its summary
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -127,41 +122,25 @@ def make_sides(names: Iterable[str], config: tgm.Config, device: torch.device) -
 # ----------------------------------------------------------------------------------------------------------------------
 # Timing on a GPU
 
-def record(forward: Callable, backward: Callable | None = None) -> list[torch.cuda.Event]:
-    """Events before and after forward(), and after backward(its result) if there is one."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(3 if backward else 2)]
-    events[0].record()
-    result = forward()
-    events[1].record()
-    if backward:
-        backward(result)
-        events[2].record()
-    return events
+def record(call: Callable) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    """Events before and after it."""
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before.record()
+    call()
+    after.record()
+    return before, after
 
 
-def interleave(calls: dict[str, Callable[[], list]], rounds: int, block: int) -> dict[str, np.ndarray]:
-    """Milliseconds [round, call, phase] by name, in blocks of calls in the order A B B A, so that drift cancels."""
+def interleave(calls: dict[str, Callable[[], tuple]], rounds: int, block: int) -> dict[str, np.ndarray]:
+    """Milliseconds [round, call] by name, in blocks of calls in the order A B B A, so that drift cancels."""
     times = {name: [] for name in calls}
     for _ in range(rounds):
         for name in (*calls, *reversed(calls)):
             torch.cuda._sleep(HEAD_START)
             recorded = [calls[name]() for _ in range(block)]
             torch.cuda.synchronize()
-            times[name] += [[a.elapsed_time(b) for a, b in pairwise(events)] for events in recorded]
-    return {name: np.array(rows).reshape(rounds, 2 * block, -1) for name, rows in times.items()}
-
-
-def compare(calls: dict[str, Callable[[], list]]) -> dict[str, np.ndarray]:
-    """The protocol: all compiled and warm, some seconds of load, then the rounds that `interleave` times."""
-    interleave(calls, rounds=1, block=WARM_STEPS // 2)
-    started = time.perf_counter()
-    while time.perf_counter() - started < LOAD_SECONDS:
-        interleave(calls, rounds=1, block=BLOCK_STEPS)
-    return interleave(calls, ROUNDS, BLOCK_STEPS)
-
-
-def spread(ms: np.ndarray) -> dict[str, float]:
-    return dict(zip(("median", "lower_quartile", "upper_quartile"), np.quantile(ms, (0.5, 0.25, 0.75)).tolist()))
+            times[name] += [before.elapsed_time(after) for before, after in recorded]
+    return {name: np.array(ms).reshape(rounds, 2 * block) for name, ms in times.items()}
 
 
 def show(label: str, *columns: float | str, end: str = "") -> None:
@@ -169,9 +148,29 @@ def show(label: str, *columns: float | str, end: str = "") -> None:
     print(f"{label:40}", *(f"{x:>9}" if isinstance(x, str) else f"{x:9.3f}" for x in columns), end, flush=True)
 
 
-def step(model: nn.Module, ids: Tensor, targets: Tensor, window: Tensor) -> list[torch.cuda.Event]:
-    """Forward and backward of a slice."""
-    events = record(lambda: model(ids, targets, window), Tensor.backward)
+def compare(title: str, calls: dict[str, Callable[[], tuple]]) -> tuple[dict[str, dict], str]:
+    """Times by name, and a summary. All compiled and warm, some seconds of load, then the rounds of `interleave`.
+
+    ratio: the first one's median to this one's, of all rounds, the least and the greatest of one.
+    """
+    interleave(calls, rounds=1, block=WARM_STEPS // 2)
+    started = time.perf_counter()
+    while time.perf_counter() - started < LOAD_SECONDS:
+        interleave(calls, rounds=1, block=BLOCK_STEPS)
+    times, rows = interleave(calls, ROUNDS, BLOCK_STEPS), {}
+    first = times[next(iter(calls))]
+    show(title, "ms", "25 %", "75 %", "ratio", "least", "greatest")
+    for name, ms in times.items():
+        by_round = np.median(first, axis=1) / np.median(ms, axis=1)
+        ratios = np.median(first) / np.median(ms), by_round.min(), by_round.max()
+        rows[name] = {"ms": np.quantile(ms, (0.5, 0.25, 0.75)).tolist(), "ratio": [*map(float, ratios)]}
+        show(f"  {name}", *rows[name]["ms"], *rows[name]["ratio"])
+    return rows, f"{title}: " + ", ".join(f"{name} {row['ms'][0]:.3f} ms" for name, row in rows.items())
+
+
+def step(model: nn.Module, ids: Tensor, targets: Tensor, window: Tensor) -> tuple:
+    """Forward and backward of a slice, as one: ours computes the head's gradients forward, the twin backward."""
+    events = record(lambda: model(ids, targets, window).backward())
     model.zero_grad(set_to_none=True)
     return events
 
@@ -189,39 +188,43 @@ def step_memory(model: nn.Module, ids: Tensor, targets: Tensor, window: Tensor) 
     return {"saved_gb": saved / 1e9, "peak_gb": peak / 1e9}
 
 
+def profile_side(model: nn.Module, ids: Tensor, targets: Tensor, window: Tensor) -> dict[str, tuple[float, float]]:
+    """(calls, ms) a step by kernel, the longest first."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(PROFILED_STEPS):
+            step(model, ids, targets, window)
+        torch.cuda.synchronize()
+    rows = [row for row in profiler.key_averages()
+            if row.device_type == DeviceType.CUDA and not row.is_user_annotation]  # which spans other kernels
+    return {row.key: (row.count / PROFILED_STEPS, row.self_device_time_total / 1e3 / PROFILED_STEPS)
+            for row in sorted(rows, key=lambda row: -row.self_device_time_total)}
+
+
 def compare_sides(names: list[str], windows: list[int], profile: bool, config: tgm.Config, device: torch.device,
                   save: Save) -> None:
     """A against B at each window; then, if asked for, their kernels at the first."""
     ids, targets = one_slice(config, device)
-    sides, results = make_sides(names, config, device), {"says": [], "windows": {}}
+    sides = make_sides(names, config, device)
     for model in sides.values():
         tgm.compile_model(model, whole=True)
-    print(f"Forward and backward of {config.seq_len:,} tokens in ms; GB above what lies on the card between steps.\n"
-          "The trainer computes the head's gradients in its forward pass, the twin in its backward.")
-    show("window, side", "forward", "backward", "sum", "25 %", "75 %", "saved", "peak")
     for blocks in windows:
-        inputs, rows = (ids, targets, as_window(blocks, device)), {}
-        times = compare({name: partial(step, model, *inputs) for name, model in sides.items()})
-        for name, ms in times.items():
-            rows[name] = {"forward_ms": spread(ms[..., 0]), "backward_ms": spread(ms[..., 1]),
-                          "sum_ms": spread(ms.sum(-1)), **step_memory(sides[name], *inputs)}
-            forward, backward, total, *memory = rows[name].values()
-            show(f"{blocks:6} {name}", forward["median"], backward["median"], *total.values(), *memory)
-        by_round = np.divide(*(np.median(ms.sum(-1), axis=1) for ms in times.values())).tolist()
-        ratio = np.divide(*(row["sum_ms"]["median"] for row in rows.values())).item()
-        show(f"{'':6} {'/'.join(names)}, and by round", ratio, *by_round)
-        results["windows"][blocks] = {"sides": rows, "ratio": ratio, "ratio_by_round": by_round}
-        results["says"].append(f"window {blocks}: " + ", ".join(
-            f"{name} {row['sum_ms']['median']:.1f} ms, {row['peak_gb']:.1f} GB" for name, row in rows.items()))
-        save(results)
-    if profile:
-        inputs = ids, targets, as_window(windows[0], device)
-        results["profiles"] = {name: profile_side(model, *inputs) for name, model in sides.items()}
-        save(results)
-        print_profiles(*reversed(results["profiles"].values()))
+        inputs = ids, targets, as_window(blocks, device)
+        rows, says = compare(f"window {blocks}", {
+            name: partial(step, model, *inputs) for name, model in sides.items()})
+        for name, model in sides.items():
+            rows[name] |= step_memory(model, *inputs)
+            show(f"  {name}: GB saved, and peak", rows[name]["saved_gb"], rows[name]["peak_gb"])
+        peaks = " and ".join(f"{row['peak_gb']:.1f}" for row in rows.values())
+        save(f"window {blocks}", rows, f"{says}, ratio {rows[names[1]]['ratio'][0]:.3f}, peaks {peaks} GB")
+    for name, model in sides.items() if profile else ():
+        kernels = profile_side(model, ids, targets, as_window(windows[0], device))
+        for kernel, (calls, ms) in [*kernels.items()][:20]:
+            show(f"{name}: {calls:g} calls", ms, end=kernel)
+        save(f"profile of {name}", kernels, f"{len(kernels)} kernels of {name}")
 
 
-def optimizer_call(optimizer, grads: list[Tensor]) -> list[torch.cuda.Event]:
+def optimizer_call(optimizer, grads: list[Tensor]) -> tuple:
     """An inner step, without the copies of the gradients."""
     for p, grad in zip(optimizer.params, grads):
         p.grad = grad.clone()
@@ -236,8 +239,6 @@ def time_optimizers(config: tgm.Config, device: torch.device, save: Save) -> Non
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
     compiled = partial(torch.compile, dynamic=False, fullgraph=True)
-    results = {"says": [], "ranks": {}}
-    show("ranks, optimizer", "ms", "25 %", "75 %")
     for size in (1, 8):
         torch.distributed.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
         world, calls = tgm.World(0, size, device), {}
@@ -246,48 +247,8 @@ def time_optimizers(config: tgm.Config, device: torch.device, save: Save) -> Non
             optimizer = (tgm.Optimizer(model, config, world, compiled) if name == "ours" else
                          plain_optimizer.Optimizer(model, config, world, compiled(plain_optimizer.muon_update)))
             calls[name] = partial(optimizer_call, optimizer, [0.01 * torch.randn_like(p) for p in optimizer.params])
-        rows = {name: spread(ms) for name, ms in compare(calls).items()}
-        for name, row in rows.items():
-            show(f"{size:6} {name}", *row.values())
-        results["ranks"][size] = rows
-        results["says"].append(f"one of {size} ranks: " + ", ".join(
-            f"{name} {row['median']:.1f} ms" for name, row in rows.items()))
-        save(results)
+        save(f"one of {size} ranks", *compare(f"one of {size} ranks", calls))
         torch.distributed.destroy_process_group()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Profiles
-
-def tabulate(events: Iterable, num_steps: int) -> dict[str, list[float]]:
-    """[calls, ms] a step by kernel, from the profiler's events. Inductor's last number is new in every compilation."""
-    kernels: dict[str, list[float]] = {}
-    for event in events:
-        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:  # annotations span other kernels
-            name = re.sub(r"_\d+$", "", event.name) if event.name.startswith("triton_") else event.name
-            calls, ms = kernels.get(name, (0, 0))
-            kernels[name] = [calls + 1 / num_steps, ms + event.time_range.elapsed_us() / 1e3 / num_steps]
-    return kernels
-
-
-def profile_side(model: nn.Module, ids: Tensor, targets: Tensor, window: Tensor) -> dict[str, list[float]]:
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(PROFILED_STEPS):
-            step(model, ids, targets, window)
-        torch.cuda.synchronize()
-    return tabulate(profiler.events(), PROFILED_STEPS)
-
-
-def print_profiles(before: dict[str, list[float]], after: dict[str, list[float]]) -> None:
-    """Kernels above the noise, those that differ most first. One that was gained or lost has no calls on a side."""
-    show("ms a step", "before", "after", "change", "calls", "after")
-    totals = [[sum(numbers) for numbers in zip(*side.values())] for side in (before, after)]
-    rows = [(name, *before.get(name, (0, 0)), *after.get(name, (0, 0))) for name in before | after]
-    for name, calls, ms, new_calls, new_ms in [("all", *totals[0], *totals[1]),
-                                               *sorted(rows, key=lambda row: -abs(row[4] - row[2]))]:
-        if max(ms, new_ms) >= NOISE * totals[0][1]:
-            show(name[:40], ms, new_ms, new_ms - ms, f"{calls:g}", f"{new_calls:g}", end=name[40:])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -361,21 +322,16 @@ def kernel_error(case: Case) -> float:
 
 def time_kernels(config: tgm.Config, device: torch.device, save: Save) -> None:
     """Every hand-written kernel against what it replaces; a GEMM of ours must stay within 6 % of the library's."""
-    results, cases = {"says": [], "kernels": {}}, partial(kernel_cases, config, device=device)
-    show("", "ms", "25 %", "75 %", "ours/this")
+    cases, wrong = partial(kernel_cases, config, device=device), []
     for small, case in zip(cases(T=min(config.seq_len, 4096)), cases(T=config.seq_len)):
         error = kernel_error(small)  # fp32 logits of a whole slice would not fit
-        versions = {case.name: case.ours} | case.others
-        times = compare({name: partial(record, partial(f, *case.inputs)) for name, f in versions.items()})
-        rows = {name: spread(ms) for name, ms in times.items()}
-        for name, row in rows.items():
-            show(name, *row.values(), rows[case.name]["median"] / row["median"])
-        results["kernels"][case.name] = {"error": error, "versions": rows}
-        results["says"].append(", ".join(f"{name} {row['median']:.3f} ms" for name, row in rows.items()))
-        show("its relative error", f"{error:.2%}")
-        save(results)
-    if wrong := {name: row["error"] for name, row in results["kernels"].items() if not row["error"] < MARGIN}:
-        raise tgm.UserError(f"not within {MARGIN:.0%} of fp32: {wrong}")
+        rows, says = compare(case.name, {name: partial(record, partial(function, *case.inputs))
+                                         for name, function in ({"ours": case.ours} | case.others).items()})
+        show("  relative error", f"{error:.2%}")
+        save(case.name, rows | {"error": error}, f"{says}, error {error:.2%}")
+        wrong += [case.name] * (not error < MARGIN)
+    if wrong:
+        raise tgm.UserError(f"not within {MARGIN:.0%} of fp32: {', '.join(wrong)}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -399,32 +355,33 @@ def time_attention(options: dict, qkv: tuple[Tensor, ...], dy: Tensor, masks: It
     torch._dynamo.reset()  # every configuration is a recompilation, and eight of them are the limit
     attend, rows = torch.compile(flex_attention, dynamic=False, fullgraph=True), []
     for mask in masks:
-        forward = partial(attend, *qkv, block_mask=mask, scale=scale, kernel_options=options)
-        call = partial(record, forward, lambda y: torch.autograd.grad(y, qkv, dy))
+        def both() -> tuple[Tensor, ...]:
+            y = attend(*qkv, block_mask=mask, scale=scale, kernel_options=options)
+            return y, *torch.autograd.grad(y, qkv, dy)
+
         try:
-            y = forward()
-            if not all(x.isfinite().all() for x in (y, *torch.autograd.grad(y, qkv, dy))):
+            if not all(x.isfinite().all() for x in both()):
                 raise FloatingPointError("attention or a gradient is not finite")
-            interleave({"": call}, rounds=1, block=BLOCK_STEPS)
-            ms = np.median(interleave({"": call}, ROUNDS, BLOCK_STEPS)[""], axis=(0, 1)).tolist()
-            rows.append({"options": options, "forward_ms": ms[0], "backward_ms": ms[1]})
+            ms, = interleave({"": partial(record, both)}, ROUNDS, BLOCK_STEPS).values()
+            rows.append({"options": options, "ms": np.median(ms).item()})
         except Exception as error:  # torch names no common class for what does not fit or does not compile
             failed = f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
-            rows.append({"options": options, "failed": failed})
+            rows.append({"options": options, "ms": math.inf, "failed": failed})
             torch.cuda.synchronize()  # after an illegal access this raises too: no later row could be believed
     return rows
 
 
 def choose(rows: list[dict]) -> tuple[dict, float]:
-    """The best forward's options with the best backward's, and the sum of their ms; torch's own, the first row, where
-    they win no more than noise."""
-    chosen, sum_ms = {}, 0.0
-    for phase, prefix in (("forward", "fwd_"), ("backward", "bwd_")):
-        ms = [row.get(f"{phase}_ms", math.inf) for row in rows]
-        best = ms.index(min(ms)) if min(ms) < (1 - NOISE) * ms[0] else 0
-        chosen |= {name: value for name, value in rows[best]["options"].items() if name.startswith(prefix)}
-        sum_ms += ms[best]
-    return chosen, sum_ms
+    """The best forward's options with the best backward's, as far as they win more than noise on torch's own, the first
+    row; and the ms that both should take."""
+    chosen, untuned = {}, rows[0]["ms"]
+    ms = untuned
+    for prefix in ("fwd_", "bwd_"):
+        best = min((row for row in rows if all(name.startswith(prefix) for name in row["options"])),
+                   key=lambda row: row["ms"])
+        if best["ms"] < (1 - NOISE) * untuned:
+            chosen, ms = chosen | best["options"], ms - untuned + best["ms"]
+    return chosen, ms
 
 
 def sweep_attention(config: tgm.Config, device: torch.device, save: Save) -> None:
@@ -434,81 +391,27 @@ def sweep_attention(config: tgm.Config, device: torch.device, save: Save) -> Non
     shape = (1, config.seq_len, config.num_heads, config.head_dim)
     *qkv, dy = (torch.randn(shape, device=device, dtype=config.dtype).transpose(1, 2) for _ in range(4))
     qkv = tuple(x.requires_grad_() for x in qkv)
-    swept: dict[int, list[dict]] = {window: [] for window in SWEPT_WINDOWS.values()}
+    swept: dict[str, list[dict]] = {name: [] for name in SWEPT_WINDOWS}
     for options in attention_options():
-        for (window, rows), row in zip(swept.items(), time_attention(options, qkv, dy, masks, config.attention_scale)):
+        for (name, rows), row in zip(swept.items(), time_attention(options, qkv, dy, masks, config.attention_scale)):
             rows.append(row)
-            show(f"window {window}, forward and backward", row.get("forward_ms", "-"), row.get("backward_ms", "-"),
-                 end=f"{options or 'defaults'} {row.get('failed', '')}")
-        says = [f"window {window}: {choose(rows)[1]:.3f} ms, untuned {choose(rows[:1])[1]:.3f}, "
-                f"{sum('failed' in row for row in rows)} configurations fail" for window, rows in swept.items()]
-        save({"says": says, "attention": swept})
-
-
-def read_results(path: str, key: str, option: str) -> dict:
-    """The newest that have the key, in a file of --json or of tests/gpu.sh. Raises UserError where there are none."""
-    try:
-        content = json.loads(Path(path).read_text())
-        found = [run["result"] for run in content["runs"]] if "runs" in content else [content]
-        return [results for results in found if key in results][-1]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise tgm.UserError(f"{path} has no {key}: make it with {option} --json FILE.") from error
+            show(name, row["ms"], end=f"{options or 'defaults'} {row.get('failed', '')}")
+            chosen, ms = choose(rows)
+            save(name, {"chosen": chosen, "candidates": rows}, f"window {SWEPT_WINDOWS[name]}: {rows[0]['ms']:.3f} ms, "
+                 f"{ms:.3f} with {chosen}; {sum('failed' in row for row in rows)} configurations fail")
 
 
 def print_choice(path: str) -> None:
-    """The script's two dictionaries, to paste, as the sweep in `path` chooses them."""
-    results = read_results(path, "attention", "--sweep-attention")
+    """The script's two dictionaries, to paste, from the newest sweep in a file of --json or of tests/gpu.sh."""
+    try:
+        content = json.loads(Path(path).read_text())
+        found = [run["result"] for run in content["runs"]] if "runs" in content else [content]
+        results = [results for results in found if SWEPT_WINDOWS.keys() <= results.keys()][-1]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise tgm.UserError(f"{path} holds no sweep: make one with --sweep-attention --json FILE.") from error
     print(f"# by a sweep on {results['gpu']}, torch {results['torch']}")
-    for name, window in SWEPT_WINDOWS.items():
-        rows = results["attention"][str(window)]
-        options, ms = choose(rows)
-        print(f"# window {window}: {ms:.3f} ms, untuned {choose(rows[:1])[1]:.3f}")
-        print(textwrap.fill(f"{name} = {options}", 120, subsequent_indent=" " * (len(name) + 4)))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Counts: what a machine without a GPU can say
-
-def attention_tflop(ids: Tensor, window_blocks: int, config: tgm.Config) -> float:
-    """TFLOP of forward and backward over the visible 128 x 128 tiles: 2 products a tile forward, 5 backward."""
-    num_tiles = 0
-    for long_window in (True, False):
-        window = torch.tensor(window_blocks if long_window else window_blocks // config.short_window_divisor)
-        mask = plain_twin.window_block_mask(ids, window, config.doc_token)
-        num_layers = sum(layer.attention and layer.long_window == long_window for layer in config.layers)
-        num_tiles += num_layers * int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum())
-    return num_tiles * 7 * 2 * tgm.BLOCK_SIZE ** 2 * config.model_dim / 1e12
-
-
-def saved_bytes_per_token(model: nn.Module, ids: Tensor, targets: Tensor) -> float:
-    """Bytes that an eager forward keeps for backward, each storage once, per token; not parameters and buffers."""
-    kept = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    storages = {}  # holds them, so that no address is used twice
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in kept and tensor.shape[-2:] != (len(ids), len(ids)):  # a dense mask: only on a CPU
-            storages[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(ids, targets, as_window(2, ids.device))
-    return sum(storage.nbytes() for storage in storages.values()) / len(ids)
-
-
-def print_counts(windows: list[int], config: tgm.Config) -> None:
-    print("No CUDA GPU is visible, and times on a CPU mean nothing for this model: here is what can be counted.")
-    cpu = torch.device("cpu")
-    ids, _ = one_slice(config, cpu)
-    show(f"TFLOP, forward and backward of {config.seq_len:,} tokens")
-    for name, tflop in gemm_tflop(config).items():
-        show(f"GEMMs, {name}", tflop)
-    for blocks in windows:
-        show(f"attention, window {blocks}, this slice's tiles", attention_tflop(ids, blocks, config))
-    small = replace(config, num_heads=2, head_dim=32, vocab_size=257, doc_token=256, seq_len=512, val_seq_len=512)
-    show(f"saved bytes a token, eager, width {small.model_dim}")
-    for name, model in make_sides(SIDES, small, cpu).items():
-        show(name, saved_bytes_per_token(model, *one_slice(small, cpu)))
+    for name in SWEPT_WINDOWS:
+        print(textwrap.fill(f"{name} = {results[name]['chosen']}", 120, subsequent_indent=" " * (len(name) + 4)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -527,30 +430,32 @@ def main(arguments: list[str], config: tgm.Config = tgm.Config(), device: torch.
                           "--sweep-attention": sweep_attention}.items():
         mode.add_argument(flag, dest="measure", action="store_const", const=measure, help=measure.__doc__)
     mode.add_argument("--choose", metavar="FILE", help="print the options that a sweep's results choose, to paste")
-    mode.add_argument("--diff", nargs=2, metavar=("BEFORE", "AFTER"), help="the kernels of `ours` in two profiles")
     options = parser.parse_args(arguments)
     if options.sides[0] == options.sides[1]:
         parser.error(f"argument --sides: {options.sides[0]} against itself: name two")
     if options.profile and options.measure:
         parser.error("argument --profile: it profiles two sides, give it alone or with --sides and --windows")
-    if options.diff:
-        print_profiles(*(read_results(path, "profiles", "--profile")["profiles"]["ours"] for path in options.diff))
-    elif options.choose:
+    if options.choose:
         print_choice(options.choose)
-    elif torch.cuda.is_available():
-        if options.json and not Path(options.json).parent.is_dir():  # better now than after the measurement
-            raise tgm.UserError(f"{options.json} cannot be written: its folder does not exist.")
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as in a run
-        torch._inductor.config.coordinate_descent_tuning = False  # minutes of compilation, another result every time
-        facts = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": metadata.version("triton"),
-                 "date": datetime.now().isoformat(timespec="seconds")}
-        print(", ".join(facts.values()))
-        measure = options.measure or partial(compare_sides, options.sides, options.windows, options.profile)
-        measure(config, device, lambda results: options.json and write_json(options.json, facts | results))
-    elif options.measure or options.profile or options.json:
-        raise tgm.UserError("a measurement needs a CUDA GPU and none is visible: without options, this counts.")
-    else:
-        print_counts(options.windows, config)
+        return
+    if not torch.cuda.is_available():
+        raise tgm.UserError("a measurement needs a CUDA GPU and none is visible.")
+    if options.json and not Path(options.json).parent.is_dir():  # better now than after the measurement
+        raise tgm.UserError(f"{options.json} cannot be written: its folder does not exist.")
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as in a run
+    torch._inductor.config.coordinate_descent_tuning = False  # minutes of compilation, another result every time
+    facts = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": metadata.version("triton"),
+             "date": datetime.now().isoformat(timespec="seconds")}
+    print(", ".join(facts.values()))
+    results: dict = facts | {"says": {}}
+
+    def save(name: str, found: dict, says: str) -> None:
+        results[name], results["says"][name] = found, says
+        if options.json:
+            write_json(options.json, results)
+
+    measure = options.measure or partial(compare_sides, options.sides, options.windows, options.profile)
+    measure(config, device, save)
 
 
 if __name__ == "__main__":

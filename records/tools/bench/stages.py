@@ -67,12 +67,11 @@ class Job:
     preset, seq_len, val_tokens = "short", 2**16, 2**17
 
     def __init__(self, folder: Path):
-        self.folder, self.found = folder, {"says": []}
+        self.folder, self.found = folder, {"says": {}}
 
-    def keep(self, *says: str, **found) -> None:
-        """Write it down at once. says: what the README's table shows."""
-        self.found |= found
-        self.found["says"] += says
+    def keep(self, name: str, found, says: str) -> None:
+        """Write it down at once. says: in words, for the README's table."""
+        self.found[name], self.found["says"][name] = found, says
         write_json(self.folder / "found.json", self.found)
 
     def make_shards(self, steps: int) -> None:
@@ -123,24 +122,23 @@ def bench(*options: str, job: Job) -> None:
 def first_steps(job: Job) -> None:
     job.make_shards(3)
     run = job.train("short", num_iterations=3)
-    job.keep(f"loss {run['losses'][0]:.2f} to {run['losses'][-1]:.2f}, {run['step_ms']:.0f} ms a step", run=run)
+    job.keep("run", run, f"loss {run['losses'][0]:.2f} to {run['losses'][-1]:.2f}, {run['step_ms']:.0f} ms a step")
 
 
 def run_tests(name: str, *options: str, job: Job) -> None:
     if find_spec("pytest") is None:
         raise StageError("pytest is not installed, and this stage is tests: pip install -r tests/requirements.txt")
-    lines = call("-m", "pytest", f"tests/properties/{name}.py", "-v", "--tb=short", "-p", "no:cacheprovider", *options,
-                 TRITON_INTERPRET="0")
-    job.keep(last_words([line for _, line in lines]))
+    (*_, (_, last)) = call("-m", "pytest", f"tests/properties/{name}.py", "-v", "--tb=short", "-p", "no:cacheprovider",
+                           *options, TRITON_INTERPRET="0")
+    job.keep(name, last, last.strip("= "))
 
 
 def starts(job: Job) -> None:
     job.make_shards(1)
     caches = {f"{name}_CACHE_DIR": str(job.folder / name) for name in ("TORCHINDUCTOR", "TRITON")}
     for name in ("cold", "warm"):
-        job.keep(**{name: job.train(name, environment=caches, num_iterations=1)})
-    cold, warm = (job.found[name]["seconds_to_first_validation"] for name in ("cold", "warm"))
-    job.keep(f"{cold:.0f} s to the first validation cold, {warm:.0f} s warm")
+        run = job.train(name, environment=caches, num_iterations=1)
+        job.keep(name, run, f"{name} {run['seconds_to_first_validation']:.0f} s to the first validation")
 
 
 def resumes(job: Job) -> None:
@@ -149,45 +147,42 @@ def resumes(job: Job) -> None:
     parts = []
     for name in ("straight", "resumed"):  # of which the first finds no checkpoint, the second one
         found = job.folder.glob("straight/checkpoints/*/step_000002")
-        job.keep(**{name: job.train(name, *found, num_iterations=4, checkpoint_every=2, seed=1)})
+        run = job.train(name, *found, num_iterations=4, checkpoint_every=2, seed=1)
+        job.keep(name, run, f"{name}: loss {run['losses'][-1]}")
         end, = job.folder.glob(f"{name}/checkpoints/*/step_000004")
         part = torch.load(end / "rank_0.pt", map_location="cpu", mmap=True, weights_only=True)
         parts.append({"parameters": part["shards"]} | part["optimizer"])
     straight, resumed = parts
     different = [f"{bank} {name}" for bank, state in straight.items() for name, x in state.items()
                  if not torch.equal(resumed[bank][name], x)]
-    job.keep(different=different)
+    job.keep("different", different, f"{len(different)} tensors differ")
     tool, weights = ROOT / "records" / "tools" / "weights" / "weights.py", end
     if find_spec("safetensors"):  # otherwise the checkpoint itself serves
         weights = job.folder / "weights.safetensors"
         call(tool, "export", end, weights)
     for command in ("evaluate", "audit"):
-        lines = call(tool, command, weights, "--data", job.folder / "shards")
-        job.keep(**{command: [line for _, line in lines]})
-    job.keep(f"{len(different)} tensors of the resumed run differ from the straight one's; loss "
-             f"{job.found['resumed']['losses'][-1]}, of {weights.suffix[1:] or 'the checkpoint'} "
-             f"{job.found['evaluate'][-1].split(':')[-1]}; the audit passes")
+        lines = [line for _, line in call(tool, command, weights, "--data", job.folder / "shards")]
+        job.keep(command, lines, f"{command} of {weights.name}: {lines[-1].split(':')[-1].strip()}")
 
 
 def memory_peaks(job: Job) -> None:
     import memory
     import train_gpt_medium as tgm
     job.make_shards(1)
-    pieces = {}
     for length in (job.seq_len // divisor for divisor in (1, 4, 16)):
         constants = dict(num_iterations=1, warmup_steps=1, micro_seq_len=length, val_tokens=job.val_tokens)
         estimated = memory.count(replace(tgm.PRESETS[job.preset](), **constants), 1) >> 20
-        pieces[length] = {"estimated_mib": estimated} | job.train(f"pieces_{length}", **constants)
-        peak = pieces[length]["allocated_and_reserved_mib"][0]
-        job.keep(f"pieces of {length:,}: {peak:,} MiB, estimated {estimated:,}", pieces=pieces)
+        run = job.train(f"pieces_{length}", **constants)
+        job.keep(f"pieces of {length:,}", {"estimated_mib": estimated} | run, f"pieces of {length:,}: "
+                 f"{run['allocated_and_reserved_mib'][0]:,} MiB, estimated {estimated:,}")
 
 
 def second_experiment(job: Job) -> None:
     job.make_shards(20)
     run = job.train("1b", script="train_gpt_1b", preset="1b", num_iterations=20, val_every=20,
                     val_tokens=10 * 12 * 1024, cooldown_steps=1)
-    job.keep(f"loss {run['losses'][0]:.2f} to {run['losses'][-1]:.2f}, {run['step_ms']:.0f} ms a step, "
-             f"{run['allocated_and_reserved_mib'][0]:,} MiB", run=run)
+    job.keep("run", run, f"loss {run['losses'][0]:.2f} to {run['losses'][-1]:.2f}, {run['step_ms']:.0f} ms a step, "
+             f"{run['allocated_and_reserved_mib'][0]:,} MiB")
 
 
 class Stage(NamedTuple):
@@ -283,7 +278,7 @@ def run_stage(stage: Stage, book: dict, paths: list[Path], facts: dict, limit_s:
 def describe(run: dict) -> str:
     """A run in a line: its result, or what it ended with."""
     status = "killed" if run["status"] == "running" else run["status"]
-    return "; ".join(run["result"]["says"]) if status == "ok" else f"{status}: {last_words(run['output'])}"
+    return "; ".join(run["result"]["says"].values()) if status == "ok" else f"{status}: {last_words(run['output'])}"
 
 
 def as_table(books: list[dict]) -> str:
