@@ -119,10 +119,12 @@ def bench(*options: str, job: Job) -> None:
     call(SCRIPT.with_name("bench.py"), *options, "--json", job.folder / "bench.json")
 
 
-def first_steps(job: Job) -> None:
-    job.make_shards(3)
-    run = job.train("short", num_iterations=3)
-    job.keep("run", run, f"loss {run['losses'][0]:.2f} to {run['losses'][-1]:.2f}, {run['step_ms']:.0f} ms a step")
+def run_steps(steps: int, job: Job, **how) -> None:
+    """So many steps, and a validation before and after them."""
+    job.make_shards(steps)
+    run = job.train("run", num_iterations=steps, **how)
+    job.keep("run", run, f"loss {run['losses'][0]:.2f} to {run['losses'][-1]:.2f}, {run['step_ms']:.0f} ms a step, "
+             f"{run['allocated_and_reserved_mib'][0]:,} MiB")
 
 
 def run_tests(name: str, *options: str, job: Job) -> None:
@@ -177,14 +179,6 @@ def memory_peaks(job: Job) -> None:
                  f"{run['allocated_and_reserved_mib'][0]:,} MiB, estimated {estimated:,}")
 
 
-def second_experiment(job: Job) -> None:
-    job.make_shards(20)
-    run = job.train("1b", script="train_gpt_1b", preset="1b", num_iterations=20, val_every=20,
-                    val_tokens=10 * 12 * 1024, cooldown_steps=1)
-    job.keep("run", run, f"loss {run['losses'][0]:.2f} to {run['losses'][-1]:.2f}, {run['step_ms']:.0f} ms a step, "
-             f"{run['allocated_and_reserved_mib'][0]:,} MiB")
-
-
 class Stage(NamedTuple):
     key: str
     what: str
@@ -195,7 +189,7 @@ class Stage(NamedTuple):
 
 BENCH = "records/tools/bench/bench.py", "tests/plain_twin.py", "tests/plain_optimizer.py"
 STAGES = (
-    Stage("a", "three steps of `short`", 5, first_steps),
+    Stage("a", "three steps of `short`", 5, partial(run_steps, 3)),
     Stage("b", "the kernels' tests", 7, partial(run_tests, "test_kernels", "-k", "not compile"),  # which needs no GPU
           ("tests/properties/test_kernels.py",)),
     Stage("c", "the tests that need a GPU", 7, partial(run_tests, "test_gpu"), ("tests/properties/test_gpu.py",)),
@@ -207,7 +201,9 @@ STAGES = (
     Stage("h", "checkpoint, resume, weights, audit", 8, resumes,
           ("records/tools/weights/weights.py", "records/tools/weights/audit.py")),
     Stage("i", "memory model against peaks", 8, memory_peaks, ("data/preflight/memory.py",)),
-    Stage("j", "20 steps of the 1.5B run", 8.5, second_experiment, ("records/scale_up_1b/train_gpt_1b.py",)),
+    Stage("j", "20 steps of the 1.5B run", 8.5,
+          partial(run_steps, 20, script="train_gpt_1b", preset="1b", val_every=20, val_tokens=10 * 12 * 1024,
+                  cooldown_steps=1), ("records/scale_up_1b/train_gpt_1b.py",)),
     Stage("k", "the optimizer's step against the frozen one's", 5, partial(bench, "--optimizer"), BENCH),
 )
 
