@@ -113,6 +113,8 @@ def pretended_gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
     for name, gigabytes in {"memory_allocated": (10, 13), "max_memory_allocated": (15,)}.items():
         monkeypatch.setattr(torch.cuda, name, lambda answers=cycle(gigabytes): next(answers) * 10 ** 9)
+    stream = SimpleNamespace(is_capturing=lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda *_: stream)  # whom torch 2.14's AdamW asks
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: None)

@@ -98,7 +98,7 @@ def leave_initial_values(model: nn.Module) -> None:
         if "lambda" in name or name == "skip_weights":
             p += 0.1 * torch.randn_like(p)
         else:
-            p.copy_(torch.where(p == 0, 0.02 * torch.randn_like(p), p))
+            p.copy_(torch.where(p == 0, 0.02 * torch.randn_like(p, dtype=torch.float32), p))
 
 
 def make_sides(names: Iterable[str], config: tgm.Config, device: torch.device) -> dict[str, nn.Module]:
