@@ -117,7 +117,7 @@ def test_killed_at_any_moment_leaves_earlier_results_and_what_was_found(fake, tm
 
 
 def a_run(key: str, **changes) -> dict:
-    stage = stages.STAGES["abcdefghijk".index(key)]
+    stage = stages.STAGES["abcdefghij".index(key)]
     return {"stage": key, "status": "ok", "date": "2026-12-01T10:00:00", "source": stages.source_of(stage),
             "output": [], "result": {"says": {"run": f"{key} | fine", "time": "2 ms"}}} | changes
 
@@ -144,9 +144,9 @@ def test_the_table_shows_what_has_run_where_and_what_is_owed(tmp_path, capsys):
                      f"| {what['a']} | Y, torch 2.13, 2026-12-01 | a / fine; 2 ms |",
                      f"| {what['b']} | Y, torch 2.13, 2026-12-01 | b / fine; 2 ms |",
                      f"| {what['c']} | X, torch 2.11, 2026-12-01 | failed: torch.CudaError: no / luck |"]
-    owes = [f"({key}) {what[key]}" for key in "cdefghijk"]
+    owes = [f"({key}) {what[key]}" for key in "cdefghij"]
     assert (empty, owed) == ("", f"Still owed to a GPU: {'; '.join([*owes, stages.BEYOND])}.")
-    assert x.endswith("would run b c d e f g h i j k") and y.endswith("would run a c d e f g h i j k")
+    assert x.endswith("would run b c d e f g h i j") and y.endswith("would run a c d e f g h i j")
 
 
 def test_the_readme_has_the_table():
@@ -181,7 +181,7 @@ def test_runs_at_full_size_have_possible_constants_and_enough_shards(key, num_co
 
     monkeypatch.setattr(stages, "call", call)
     monkeypatch.setattr(memory, "count", lambda config, size: configs.append(config) or 5 << 20)
-    stages.STAGES["abcdefghijk".index(key)].run(job=stages.Job(tmp_path))
+    stages.STAGES["abcdefghij".index(key)].run(job=stages.Job(tmp_path))
     for config in configs:
         shard = tgm.Shard(made[0].folder, made[0].tokens)
         assert len([*tgm.batch_places([shard], config)]) == config.num_iterations and config.needs_gpu

@@ -4,7 +4,6 @@
     bench.py --sides ours baseline --windows 3 14 27    # the record without Smear-MTP; windows in blocks
     bench.py --profile --json ab.json    # and the kernels of both sides
     bench.py --kernels            # each hand-written kernel: its error, and its time against what it replaces
-    bench.py --optimizer          # a rank's step against the frozen optimizer's, alone and of 8
     bench.py --sweep-attention    # FlexAttention's block sizes, warps and stages
     bench.py --choose FILE        # the script's two dictionaries of them, from a sweep's results
 
@@ -35,7 +34,6 @@ from torch.nn.attention.flex_attention import flex_attention
 ROOT = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import plain_optimizer  # noqa: E402
 import plain_twin  # noqa: E402
 import train_gpt_medium as tgm  # noqa: E402
 from stages import write_json  # noqa: E402
@@ -224,33 +222,6 @@ def compare_sides(names: list[str], windows: list[int], profile: bool, config: t
         save(f"profile of {name}", kernels, f"{len(kernels)} kernels of {name}")
 
 
-def optimizer_call(optimizer, grads: list[Tensor]) -> tuple:
-    """An inner step, without the copies of the gradients."""
-    for p, grad in zip(optimizer.params, grads):
-        p.grad = grad.clone()
-    return record(partial(optimizer.step, 1))
-
-
-def time_optimizers(config: tgm.Config, device: torch.device, save: Save) -> None:
-    """An inner step of the trainer's optimizer and of the frozen one, on one rank alone and on one of eight.
-
-    The eight are emulated by torch's fake process group, which moves nothing and never waits: everything a rank
-    computes, nothing of what travels.
-    """
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-    compiled = partial(torch.compile, dynamic=False, fullgraph=True)
-    for size in (1, 8):
-        torch.distributed.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
-        world, calls = tgm.World(0, size, device), {}
-        for name in ("ours", "frozen"):
-            model = make_sides(("ours",), config, device)["ours"]
-            optimizer = (tgm.Optimizer(model, config, world, compiled) if name == "ours" else
-                         plain_optimizer.Optimizer(model, config, world, compiled(plain_optimizer.muon_update)))
-            calls[name] = partial(optimizer_call, optimizer, [0.01 * torch.randn_like(p) for p in optimizer.params])
-        save(f"one of {size} ranks", *compare(f"one of {size} ranks", calls))
-        torch.distributed.destroy_process_group()
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Kernels by themselves
 
@@ -426,8 +397,7 @@ def main(arguments: list[str], config: tgm.Config = tgm.Config(), device: torch.
     parser.add_argument("--profile", action="store_true", help="the kernels of both sides at the first window")
     parser.add_argument("--json", metavar="FILE", help="also write the results there")
     mode = parser.add_mutually_exclusive_group()
-    for flag, measure in {"--kernels": time_kernels, "--optimizer": time_optimizers,
-                          "--sweep-attention": sweep_attention}.items():
+    for flag, measure in {"--kernels": time_kernels, "--sweep-attention": sweep_attention}.items():
         mode.add_argument(flag, dest="measure", action="store_const", const=measure, help=measure.__doc__)
     mode.add_argument("--choose", metavar="FILE", help="print the options that a sweep's results choose, to paste")
     options = parser.parse_args(arguments)

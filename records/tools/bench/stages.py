@@ -187,7 +187,7 @@ class Stage(NamedTuple):
     files: tuple[str, ...] = ()  # that decide its result, besides the trainer
 
 
-BENCH = "records/tools/bench/bench.py", "tests/plain_twin.py", "tests/plain_optimizer.py"
+BENCH = "records/tools/bench/bench.py", "tests/plain_twin.py"
 STAGES = (
     Stage("a", "three steps of `short`", 5, partial(run_steps, 3)),
     Stage("b", "the kernels' tests", 7, partial(run_tests, "test_kernels", "-k", "not compile"),  # which needs no GPU
@@ -204,7 +204,6 @@ STAGES = (
     Stage("j", "20 steps of the 1.5B run", 8.5,
           partial(run_steps, 20, script="train_gpt_1b", preset="1b", val_every=20, val_tokens=10 * 12 * 1024,
                   cooldown_steps=1), ("records/scale_up_1b/train_gpt_1b.py",)),
-    Stage("k", "the optimizer's step against the frozen one's", 5, partial(bench, "--optimizer"), BENCH),
 )
 
 
