@@ -204,4 +204,4 @@ def test_a_resumed_run_is_compared_and_its_weights_evaluated(tmp_path, monkeypat
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     stages.resumes(job)
     assert job.found["different"] == []
-    assert re.fullmatch(r"audit of \w+: .+", job.found["says"]["audit"])
+    assert re.fullmatch(r"audit of \S+ ends with ok .+", job.found["says"]["audit"])

@@ -164,7 +164,7 @@ def resumes(job: Job) -> None:
         call(tool, "export", end, weights)
     for command in ("evaluate", "audit"):
         lines = [line for _, line in call(tool, command, weights, "--data", job.folder / "shards")]
-        job.keep(command, lines, f"{command} of {weights.name}: {lines[-1].split(':')[-1].strip()}")
+        job.keep(command, lines, f"{command} of {weights.name} ends with {lines[-1]}")
 
 
 def memory_peaks(job: Job) -> None:
