@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch.autograd import DeviceType
 
 import bench
-import helpers
 import plain_twin
 import plan
 import stages
