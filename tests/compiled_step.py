@@ -34,6 +34,19 @@ def run(expression: str, first_on_path: Iterable = ()) -> Any:
                                     TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 
 
+class Called(fake_gpu.OnCPU):
+    """What a wrapper calls runs on the CPU. An operation of ours changes no argument but those that it declares."""
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "aten":
+            return super().__torch_dispatch__(function, types, args, kwargs)
+        before = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
+        result = super().__torch_dispatch__(function, types, args, kwargs)
+        for declared, x, old in zip(function._schema.arguments, args, before):
+            if isinstance(x, torch.Tensor) and not declared.is_write:
+                assert torch.equal(x, old), f"{function} changes {declared.name} and does not say so"
+        return result
+
+
 def large_blocks(autotuner) -> list:
     """Few large programs, since the interpreter's time is one of calls; no larger than TorchInductor's largest."""
     config = copy.deepcopy(autotuner.configs[0])
@@ -87,7 +100,7 @@ def execute_on_cpu(choose: Callable = large_blocks) -> None:
         def call(inputs):
             torch.use_deterministic_algorithms(True, warn_only=True)  # which fills what is empty with NaN
             try:
-                with fake_gpu.OnCPU():
+                with Called():
                     return own(inputs)
             finally:
                 torch.use_deterministic_algorithms(False)
