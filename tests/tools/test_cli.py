@@ -132,7 +132,8 @@ def test_an_active_environment_that_satisfies_the_requirements_is_used():
 def test_a_script_that_is_not_there_is_refused_at_once():
     done = run("bash", "run.sh", "tiny", TRAIN_SCRIPT="nowhere.py")
     assert done.returncode != 0 and not done.stdout
-    assert done.stderr == f"run.sh: TRAIN_SCRIPT names {ROOT}/nowhere.py, which does not exist: name a training script.\n"
+    assert done.stderr == f"run.sh: TRAIN_SCRIPT names {ROOT}/nowhere.py, which does not exist: " \
+                          "name a training script.\n"
 
 
 def test_paths_are_the_callers(tmp_path):
