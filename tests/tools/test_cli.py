@@ -3,6 +3,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import venv
@@ -96,6 +97,19 @@ def test_what_all_ranks_of_torchrun_refuse_is_said_once(tmp_path, ranks, sentenc
     done = run(*TORCHRUN, f"--nproc_per_node={ranks}", TRAINER, "tiny", cwd=tmp_path)
     (error,) = re.findall("^error: .+", done.stderr, re.M)
     assert done.returncode != 0 and sentence in error
+
+
+def test_a_port_that_is_taken(tmp_path):
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        port = str(listener.getsockname()[1])
+        write_shard(tmp_path / "text_train_000001.bin", random_ids(64 * 4096 + 1, small_config()))
+        write_shard(tmp_path / "text_val_000000.bin", random_ids(2 ** 14 + 1, small_config()))
+        done = run(sys.executable, TRAINER, "tiny", cwd=tmp_path, DATA_PATH=str(tmp_path), WORLD_SIZE="2", RANK="0",
+                   MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    assert done.returncode == 1 and port in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].endswith("start with torchrun, or mend MASTER_ADDR or MASTER_PORT.")
 
 
 def test_torchrun_starts_two_processes(tmp_path):

@@ -97,6 +97,17 @@ def test_shards_with_a_published_header(tmp_path):
     assert (row["min_id"], row["max_id"], row["problem"]) == (0, 50256, None)
 
 
+def test_shards_of_another_tokenizer_behind_a_published_header(tmp_path):
+    """No id opens a document: the field is empty, so nothing else says whose ids these are."""
+    ids = np.arange(30_000, dtype="<u2") % 1024
+    content = np.array([20240520, 1, ids.size] + [0] * 253, "<i4").tobytes() + ids.tobytes()
+    for name in ("fineweb_val_000000.bin", "fineweb_train_000001.bin"):
+        (tmp_path / name).write_bytes(content)
+    done = run(tmp_path)
+    assert done.returncode == 1
+    assert done.stdout.count("PROBLEM: fineweb_") == done.stdout.count(" holds no document id 50256") == 2
+
+
 def test_text_and_synthetic_shards_are_whole(tmp_path):
     generate.make_text(tmp_path / "text")
     generate.make_synthetic(tmp_path / "synthetic", 2, 100_000, 50_000, seed=1)
