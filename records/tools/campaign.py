@@ -179,7 +179,7 @@ def fault_of(log: Path | None) -> str:
         run = read_log(log)
     except RecordError as error:
         return str(error)
-    return "" if run.finished else f"ends at step {run.last_step} of {run.num_iterations}"
+    return "" if run.finished else run.ending
 
 
 def campaign(a: str, b: str, num_runs: int, preset: str, out: Path, as_json: bool, launcher: Path = LAUNCHER) -> int:

@@ -95,7 +95,8 @@ def test_nothing_is_left_behind_by_logs_that_will_not_do(records_folder, content
     assert sorted(records_folder.rglob("*")) == before
 
 
-@pytest.mark.parametrize("name, date", [("a/b", "2026-01-02"), ("X", "today"), ("SmearMTP", "2025-11-02")])
+@pytest.mark.parametrize("name, date", [("a/b", "2026-01-02"), ("X", "today"), ("SmearMTP", "2025-11-02"),
+                                        ("X", "2026-02-30")])
 def test_names_that_will_not_do(records_folder, name, date):
     with pytest.raises(RecordError, match="is no name|exists already"):
         new.new(name, date, [], [], "-", False, records_folder)
@@ -105,6 +106,18 @@ def test_a_log_given_twice_is_refused(records_folder):
     log = logs.write_log(records_folder.parent, logs.Spec())
     with pytest.raises(RecordError, match="counts once"):
         new.new("X", "2026-01-02", [log, log], [], "-", False, records_folder)
+
+
+def test_logs_of_one_name_in_several_folders_are_several_runs(tmp_path):
+    specs = logs.record_specs()[:3]
+    for spec in specs:
+        logs.write_log(tmp_path / f"seed{spec.seed}", spec, "train.log")
+    folder = tmp_path / "record"
+    runs = new.copy_logs([tmp_path / f"seed{spec.seed}" for spec in specs], folder, folder / "failed")
+    assert sorted(path.name for path in folder.iterdir()) == ["train-seed1.log", "train-seed2.log", "train.log"]
+    assert {run.final_loss for run in check.read_folder(folder).record} == {run.final_loss for run in runs}
+    with pytest.raises(RecordError, match="counts once"):
+        new.copy_logs([tmp_path / "seed1", tmp_path / "seed1"], tmp_path / "again", folder / "failed")
 
 
 def test_a_large_folder_is_compressed_and_read_all_the_same(records_folder, monkeypatch):
