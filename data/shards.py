@@ -69,6 +69,9 @@ def main(argv=None):
     start = time.perf_counter()
     try:
         args.run(args)
+    except KeyboardInterrupt:
+        print("shards.py: interrupted; no unfinished shard is left", file=sys.stderr)
+        sys.exit(130)
     except ShardError as error:
         sys.exit(f"shards.py: {error}")
     except OSError as error:

@@ -6,11 +6,14 @@ A step and a validation pass run on meta tensors, which have a size and no memor
 lives. So another model, rule or table is counted as it is, or the count fails. README.md beside this file says what is
 counted and what is assumed.
 """
+import importlib.util
+import os
 import sys
 import weakref
 from bisect import bisect
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from unittest.mock import patch
 
@@ -21,6 +24,7 @@ from torch.nn.attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+ROOT = Path(__file__).resolve().parents[2]
 # Assumptions, none of them measured. Outside torch's allocator: the CUDA context and its modules, 1 GiB; with NCCL's
 # channels and buffers, 2. Within it: 5 % for what its blocks round up and for what this count does not see.
 CONTEXT_BYTES, CONTEXT_BYTES_WITH_NCCL = 2**30, 2 * 2**30
@@ -67,6 +71,17 @@ class Sent:
 
     def wait(self) -> None:
         self.tensors = ()
+
+
+def load_script() -> ModuleType:
+    """The training script: the one that TRAIN_SCRIPT names, as run.sh runs it, or train_gpt_medium.py."""
+    path = Path(os.environ.get("TRAIN_SCRIPT") or ROOT / "train_gpt_medium.py").resolve()
+    sys.path[:0] = [str(path.parent), str(ROOT)]
+    if path.stem not in sys.modules:  # by its path: its name may hold a point
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[path.stem])
+    return sys.modules[path.stem]
 
 
 def machine_of(config) -> ModuleType:
@@ -158,7 +173,6 @@ def checkpoint_bytes(config) -> int:
 
 
 def main() -> None:
-    from preflight import load_script
     config = load_script().PRESETS["medium"]()
     print(f"micro_seq_len {'1 GPU':>7} {'8 GPUs':>7}   GiB a GPU of the record (estimated)")
     for length in (65536, 32768, 16384, 8192, 4096):

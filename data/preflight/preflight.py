@@ -5,7 +5,6 @@
 Exits with 1 if anything is an error. GPUs and driver are read from nvidia-smi: torch sees none if the driver is old.
 The script that TRAIN_SCRIPT names is looked at, as run.sh runs it, or train_gpt_medium.py.
 """
-import importlib.machinery
 import importlib.util
 import os
 import re
@@ -17,9 +16,6 @@ import sysconfig
 import time
 from pathlib import Path
 from typing import NamedTuple
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 # Oldest Linux driver for each major version of CUDA (NVIDIA's table of minor-version compatibility).
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
@@ -51,20 +47,6 @@ class Gpu(NamedTuple):
 
 class NoAnswer(Exception):
     """nvidia-smi is there and does not say whether there are GPUs: a clause that says why."""
-
-
-def load_script():
-    """The training script, as a module."""
-    path = Path(os.environ.get("TRAIN_SCRIPT") or ROOT / "train_gpt_medium.py").resolve()
-    sys.path.insert(0, str(path.parent))
-    if getattr(sys.modules.get(path.stem), "__file__", None) == str(path):
-        return sys.modules[path.stem]
-    # By its path: its name may hold a point.
-    loader = importlib.machinery.SourceFileLoader(path.stem, str(path))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(path.stem, loader))
-    sys.modules[path.stem] = module
-    loader.exec_module(module)
-    return module
 
 
 def ask_nvidia_smi(fields: str) -> str:
@@ -339,7 +321,7 @@ def report(preset: str) -> list[Line]:
         gpus = []  # which it does without
     try:
         import memory
-        script = load_script()
+        script = memory.load_script()
         machine = memory.machine_of(next(iter(script.PRESETS.values()))())
         config = machine.choose_config(script.PRESETS, [preset])
         num_shards = machine.shards_needed(config, [])

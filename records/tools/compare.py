@@ -7,77 +7,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from curves import Curve, Side, mean_curve, read_side
 from inference import CONFIDENCE, Interval, std, welch
-from run_log import RecordError, Run, find_logs, read_log, read_runs
+from run_log import Run
 from tables import format_json, format_table
 
 SLOPE_STEPS = 0.05  # of the run: the last part of the loss curve, whose slope turns loss into steps
 ROWS = 12  # of the tables
 PARTS = {"fewer": "fewer steps", "faster": "faster steps, at equal window and batch", "mix": "other windows or batches",
          "rest": "the rest: faster steps, other windows or batches"}
-
-
-class Side(NamedTuple):
-    """Runs of one script: all finished, all of one length."""
-    name: str
-    runs: list[Run]
-    skipped: int  # unfinished ones
-
-    @property
-    def losses(self) -> list[float]:
-        return [run.final_loss for run in self.runs]
-
-    @property
-    def seconds(self) -> list[float]:
-        return [run.train_seconds for run in self.runs]
-
-    @property
-    def num_iterations(self) -> int:
-        return self.runs[0].num_iterations
-
-    @property
-    def has_curve(self) -> bool:
-        return all(len(run.validations) > 2 for run in self.runs)
-
-    def stated(self, name: str) -> np.ndarray | None:
-        """`windows` or `tokens` of the runs, step by step; None if a log does not state them, or not the same."""
-        values = [getattr(run, name) for run in self.runs]
-        return values[0] if all(v is not None and np.array_equal(v, values[0]) for v in values) else None
-
-
-class Curve(NamedTuple):
-    """Means over runs at the steps that all runs validated at."""
-    steps: np.ndarray
-    losses: np.ndarray
-    seconds: np.ndarray
-    tokens: np.ndarray | None  # None: the logs do not state them
-
-
-def read_side(path: Path) -> Side:
-    """Finished runs of a log, of a folder, or of published figures; a record's folder gives its own runs, without its
-    baseline's. Raises RecordError if there are none, or of several lengths."""
-    direct = [log for log in find_logs(path) if log.parent == path] if path.is_dir() else []
-    return side_of([read_log(log) for log in direct] or read_runs(path), path.name, path)
-
-
-def side_of(runs: list[Run], name: str, path: Path) -> Side:
-    """The finished ones of `runs`, which come from `path`. Raises RecordError as `read_side` does."""
-    finished = [run for run in runs if run.finished and math.isfinite(run.final_loss)]
-    if not finished:
-        raise RecordError(f"{path} holds no finished run: wait for its last step or name other logs.")
-    lengths = sorted({run.num_iterations for run in finished})
-    if len(lengths) > 1:
-        raise RecordError(f"{path} holds runs of {', '.join(map(str, lengths))} steps: compare one kind at a time.")
-    return Side(name, finished, len(runs) - len(finished))
-
-
-def mean_curve(side: Side) -> Curve:
-    by_step = [{v.step: v for v in run.validations} for run in side.runs]
-    steps = sorted(set.intersection(*map(set, by_step)))
-    loss = np.array([[points[step].loss for step in steps] for points in by_step]).mean(0)
-    seconds = np.array([[points[step].train_ms for step in steps] for points in by_step]).mean(0) / 1000
-    tokens = side.stated("tokens")
-    return Curve(np.array(steps), loss, seconds, None if tokens is None else tokens[steps])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from inference import std
-from run_log import NoSteps, RecordError, Run, Validation, find_logs, read_log, read_published, read_runs
+from curves import read_curve
+from run_log import NoSteps, RecordError, Run, Validation, read_log
 from tables import format_json
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "2025-11-02_SmearMTP"
@@ -43,22 +43,12 @@ def band_width(num_runs: int, num_points: int) -> float:
 
 def read_band(path: Path) -> Band:
     """From published.json in `path`, or from two or more finished logs. Raises RecordError if there are fewer."""
-    if (path / "published.json").exists() and not find_logs(path):
-        runs, data = read_published(path / "published.json")
-        rows = data["smear_mtp"]["mean_curve_of_26_runs"]
-        points = {row["step"]: Point(row["val_loss"], row["val_loss_std"], row["train_time_ms"]) for row in rows}
-        return Band(path.name, max(points), points, band_width(len(runs), len(points)))
-    runs = [run for run in read_runs(path) if run.finished]
-    if len(runs) < 2 or len({run.num_iterations for run in runs}) > 1:
-        raise RecordError(f"{path} holds {len(runs)} finished runs of "
-                          f"{len({run.num_iterations for run in runs})} lengths: a band needs 2 or more of one length.")
-    by_step = [{v.step: v for v in run.validations} for run in runs]
-    points = {}
-    for step in sorted(set.intersection(*map(set, by_step))):
-        here = [validations[step] for validations in by_step]
-        losses = [v.loss for v in here]
-        points[step] = Point(float(np.mean(losses)), std(losses), float(np.mean([v.train_ms for v in here])))
-    return Band(path.name, runs[0].num_iterations, points, band_width(len(runs), len(points)))
+    curve = read_curve(path)
+    if len(curve.side.runs) < 2:
+        raise RecordError(f"{path} holds one finished run: a band needs 2 or more of one length.")
+    points = {step: Point(*values) for step, *values in zip(
+        curve.steps.tolist(), curve.losses.tolist(), curve.stds.tolist(), (1000 * curve.seconds).tolist())}
+    return Band(path.name, curve.side.num_iterations, points, band_width(len(curve.side.runs), len(points)))
 
 
 def judge(run: Run, band: Band) -> list[dict]:

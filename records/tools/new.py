@@ -1,7 +1,6 @@
 """`new`: a record's folder from finished logs - copies, tables, figures, check - so that no number is typed by hand."""
 import datetime
 import gzip
-import os
 import re
 import shutil
 from pathlib import Path
@@ -12,13 +11,12 @@ import check
 import compare
 from inference import Interval, format_p, std
 from report import claims_of_difference, page_of
-from run_log import LOG_SUFFIX, RUN_ID, RecordError, Run, find_logs, read_log, read_text
+from run_log import RUN_ID, RecordError, Run, find_logs, read_log, read_text
 from tables import format_markdown, write_text
 
 RECORDS = Path(__file__).resolve().parents[1]
 LEADERBOARD = ["date", "name", "mean loss +- std (nats/token)", "mean train time (s)", "n (runs)", "hardware", "torch",
                "folder", "status"]
-MAX_BYTES = 5_000_000  # of a record's folder: above, its logs are compressed
 CAPTIONS = {"loss": "Validation loss against steps and time",
             "step_time": "Time per step, and the attention window where the logs state it",
             "lambdas": "Learned scalars", "final_losses": "Final losses against the target"}
@@ -33,34 +31,24 @@ def is_date(text: str) -> bool:
 
 
 def copy_logs(paths: list[Path], folder: Path, failed: Path) -> list[Run]:
-    """Copies every log below `paths`, unfinished ones to `failed`; the finished. Raises RecordError on damage."""
+    """Writes every log below `paths` compressed, unfinished ones to `failed`; the finished. The same logs give the same
+    bytes. Raises RecordError on damage."""
     finished, texts = [], set()
     for log in (log for path in paths for log in find_logs(path)):
-        run, text = read_log(log), read_text(log)
-        target = (folder if run.finished else failed) / log.name
-        is_taken = any(LOG_SUFFIX.sub("", path.name) == run.name for path in target.parent.glob("*"))
-        if text in texts or is_taken and RUN_ID.fullmatch(run.name):
-            raise RecordError(f"{log} is the same run as another log: a run counts once.")
+        run, text, content = read_log(log), read_text(log), log.read_bytes()
+        is_compressed = log.suffix.lower() == ".gz"
+        target = (folder if run.finished else failed) / f"{log.stem if is_compressed else log.name}.gz"
+        if text in texts:
+            raise RecordError(f"{log} is another log's copy: a run counts once.")
         texts.add(text)
-        if is_taken:  # by a run of another folder
-            target = target.with_name(f"{run.name}-{log.parent.name}{log.name.removeprefix(run.name)}")
+        if target.exists() and not RUN_ID.fullmatch(run.name):  # of another folder
+            target = target.with_name(f"{run.name}-{log.parent.name}{target.name.removeprefix(run.name)}")
         if target.exists():
             raise RecordError(f"{log} has the name of another log: rename one of them.")
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(log, target)
+        target.write_bytes(gzip.compress(gzip.decompress(content) if is_compressed else content, mtime=0))
         finished += [run] if run.finished else []
     return finished
-
-
-def compress_logs(folder: Path) -> None:
-    """Compresses the logs of a folder above MAX_BYTES; the same logs give the same bytes."""
-    if sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= MAX_BYTES:
-        return
-    for log in (log for log in find_logs(folder) if log.suffix != ".gz"):
-        temporary = log.with_name(log.name + ".gz.tmp")
-        temporary.write_bytes(gzip.compress(log.read_bytes(), mtime=0))
-        os.replace(temporary, log.with_name(log.name + ".gz"))
-        log.unlink()
 
 
 def one_of(runs: list[Run], attribute: str) -> str:
@@ -171,7 +159,6 @@ def new(name: str, date: str, logs: list[Path], baseline: list[Path], what: str,
         has_baseline = bool(copy_logs(baseline, folder / "baseline", folder / "failed"))
         sides = [folder / "baseline", folder] if has_baseline else [folder]
         write_readme(folder, f"{date} {name}", what, [] if experiment else draw(sides, folder / "figures"))
-        compress_logs(folder)
         if experiment:
             write_text(folder / "report.html", page_of(folder))
     except BaseException:

@@ -15,9 +15,8 @@ import numpy as np
 
 import check
 import compare
-from compare import Side
+from curves import Curve, Side, mean_curve, read_curve, side_of
 from inference import ALPHA, CONFIDENCE, TARGET, Interval, against_target, format_p, mean_interval, std
-from plot import Series, read_series, series_of_side
 from run_log import LOG_SUFFIX, RecordError, Run, read_log
 from tables import format_json, write_text
 
@@ -29,11 +28,11 @@ MACHINE = {"hardware": "hardware", "torch": "torch", "CUDA": "cuda", "driver": "
 
 
 class Group(NamedTuple):
-    """Runs of one role. `side` are those that statistics count, None if there are none; `series` are their means."""
+    """Runs of one role. `side` are those that statistics count, None if there are none; `curve` are their means."""
     label: str
     runs: list[Run]
     side: Side | None = None
-    series: Series | None = None
+    curve: Curve | None = None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -41,10 +40,10 @@ class Group(NamedTuple):
 
 def group_of(label: str, runs: list[Run], path: Path) -> Group:
     try:
-        side = compare.side_of(runs, label, path)
+        side = side_of(runs, label, path)
     except RecordError:  # none finished, or of several lengths: curves, and no statistics
         return Group(label, runs)
-    return Group(label, runs, side, series_of_side(side, label))
+    return Group(label, runs, side, mean_curve(side))
 
 
 def groups_of(folder: check.Folder) -> list[Group]:
@@ -52,7 +51,7 @@ def groups_of(folder: check.Folder) -> list[Group]:
     path = folder.path
     if folder.published:
         group = group_of("all", folder.record, path)
-        return [group._replace(series=read_series(path)[0]) if "smear_mtp" in folder.published else group]
+        return [group._replace(curve=read_curve(path)) if "smear_mtp" in folder.published else group]
     roles: dict[str, list[Run]] = {}
     for run in folder.logs:
         roles.setdefault(check.role_of(run.path, path), []).append(run)
@@ -322,14 +321,14 @@ def curves_of(run: Run, points: int) -> dict:
 
 
 def mean_of(group: Group) -> dict | None:
-    series = group.series
-    if series is None or len(series.steps) < 2 or len(series.runs) < 2:
+    curve = group.curve
+    if curve is None or len(curve.steps) < 2 or len(curve.side.runs) < 2:
         return None
-    edges, ms = series.step_times[:2] if series.step_times else ([], [])
-    return {"label": f"{group.label}, ".removeprefix("all, ") + f"mean of {len(series.runs)} runs",
-            "step": plain(series.steps), "loss": plain(np.round(series.losses, 7)),
-            "ms": plain(np.round(60_000 * series.minutes, 1)),
-            "scalars": {name: plain(np.round(mean, 7)) for name, (mean, _) in series.extras.items()},
+    edges, ms = curve.step_times[:2] if curve.step_times else ([], [])
+    return {"label": f"{group.label}, ".removeprefix("all, ") + f"mean of {len(curve.side.runs)} runs",
+            "step": plain(curve.steps), "loss": plain(np.round(curve.losses, 7)),
+            "ms": plain(np.round(1000 * curve.seconds, 1)),
+            "scalars": {name: plain(np.round(mean, 7)) for name, (mean, _) in curve.extras.items()},
             "step_ms": {"x": plain(edges), "y": plain(np.round(ms, 3))} if len(edges) else None}
 
 
@@ -382,7 +381,7 @@ def assemble(title: str, groups: list[Group], folder: check.Folder | None, findi
     logged = [group for group in groups if any(run.source or run.constants for run in group.runs)]
     shown = sides or [group for group in groups if group.side and group.side.has_curve][:1]
     times = r if sides else compare.explain_times(shown[0].side, shown[0].side) if shown and np.isfinite(
-        shown[0].series.minutes).all() else {}
+        shown[0].curve.seconds).all() else {}
     runs = [run for group in groups for run in group.runs]
     points = min(max(POINTS_OF_ALL // max(len(runs), 1), MIN_POINTS), MAX_POINTS)
     described = [describe_group(group, points) for group in groups]

@@ -180,7 +180,7 @@ def read_text(path: Path) -> str:
     """The text of a log. Raises RecordError if there is none."""
     try:
         data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix == ".gz" and data else data
+        data = gzip.decompress(data) if path.suffix.lower() == ".gz" and data else data
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise RecordError(f"{path} is damaged ({error}): copy the log again.") from error
     except OSError as error:

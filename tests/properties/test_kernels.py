@@ -3,15 +3,13 @@
 Tolerances are bounds on rounding: a sum of n products is off by at most n units of 2^-24 of the sum of magnitudes, and
 a result stored in a shorter dtype by half of its last place.
 """
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import fake_gpu
 import kernel_specs
 import train_gpt_medium as tgm
 from helpers import DEVICE, relative
@@ -19,7 +17,7 @@ from plain_optimizer import NEWTON_SCHULZ_COEFFICIENTS
 
 triton = pytest.importorskip("triton", reason="triton is not installed: its interpreter runs the kernels")
 import triton.language as tl
-from interpreter import fix_bf16
+from interpreter import check_addresses, fix_bf16
 
 # On a GPU fp32 is left to the plain versions.
 DTYPES = [torch.float16, torch.bfloat16] + [torch.float32] * (DEVICE.type != "cuda")
@@ -212,24 +210,25 @@ def test_newton_schulz_through_the_kernel_equals_the_plain_one(kernels, monkeypa
 
 
 def test_kernels_compile_for_an_h100_without_spills():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, kernel_specs.__file__], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    kernels = kernel_specs.read_table(done.stdout)
+    kernels = kernel_specs.compiled("compile_kernels()")
+    large = ("mlp_gemm_kernel", "symmetric_product_kernel")
     assert {k.name.split("(")[0] for k in kernels} == {name for name in dir(tgm) if name.endswith("_kernel")}
     for k in kernels:
         assert k.registers > 0 and k.spill_store_bytes == k.spill_load_bytes == 0, k
-        guarded = k.name.startswith(("mlp", "symmetric"))  # the others must fit every GPU
-        assert k.shared_bytes <= (tgm.HOPPER_SHARED_BYTES if guarded else 48 * 1024), k
+        assert k.shared_bytes <= (tgm.HOPPER_SHARED_BYTES if k.name.startswith(large) else 48 * 1024), k
+    small = [k for k in kernels if not k.name.startswith(large)]  # all that a card with less shared memory runs
+    launched = {kernel.__name__ for kernel, *_ in kernel_specs.recorded_launches(fake_gpu.GPUS["120"])}
+    assert launched == {k.name.split("(")[0] for k in small}
+    assert kernel_specs.sum_up("120", small).endswith("left to torch: mlp_gemm_kernel, symmetric_product_kernel")
 
 
-def test_generated_kernels_compile_for_an_h100_that_is_not_there():
+def test_generated_kernels_compile_for_a_gpu_that_is_not_there():
     """Those of one layer. Its attention is asked to load more tiles ahead than a multiprocessor holds."""
-    kernels = kernel_specs.run_with_fake_driver("""[
+    kernels = kernel_specs.compiled("""[
         tgm.LONG_WINDOW_KERNEL.clear(), tgm.LONG_WINDOW_KERNEL.update(fwd_num_stages=7), compile_generated(tgm.Config(
             layers=(tgm.Layer(long_window=True),), backout_from=0, num_heads=1, vocab_size=256, doc_token=255,
             seq_len=1024, val_seq_len=1024, coordinate_descent_tuning=False), world_sizes=(1,))][2]""")
-    assert {k.phase for k in kernels} >= {"validation", "updates-1-rank"}
+    assert {k.phase for k in kernels} == {"training-forward", "training-backward", "validation", "updates-1-rank"}
     assert all(k.num_warps > 0 and k.registers > 0 for k in kernels)
     assert {k.name.split("_")[1] for k in kernels} == {"poi", "per", "red", "tem"}  # the kinds of Inductor's kernels
     attention = [k for k in kernels if "flex_attention" in k.name and k.phase == "validation"]
@@ -238,11 +237,39 @@ def test_generated_kernels_compile_for_an_h100_that_is_not_there():
     transposed = [k for k in kernels if "transpose" in k.name and k.phase == "updates-1-rank" and "YBLOCK" in k.config]
     assert len({k.config for k in transposed}) > 3  # each configuration that is tried
     with pytest.raises(tgm.UserError, match=rf"^{attention[0].name} \(BLOCK_M=128,BLOCK_N=64\) needs 2[\d,]+ bytes"):
-        kernel_specs.refuse_too_large(kernels)
-    kernel_specs.refuse_too_large(k for k in kernels if k not in attention)
+        kernel_specs.refuse_too_large([attention[0]])
+    fits = [k for k in kernels if "flex_attention" not in k.name]
+    kernel_specs.refuse_too_large(fits)
+    assert "2 need more than" in kernel_specs.sum_up("90", kernels)
+    spilling = fits[0]._replace(name="triton_poi_fused_add_3", spill_store_bytes=16)
+    table = kernel_specs.format_table([spilling, spilling._replace(name="triton_poi_fused_add_17")])
+    assert [line.split()[0] for line in table.splitlines()] == ["number", "2"]  # alike but for their own numbers
+    assert "2 spill, a thread at most 16 bytes (2 triton_poi_fused_add)" in kernel_specs.sum_up("90", 2 * [spilling])
 
 
-def test_what_does_not_compile_is_said(capfd):
-    with pytest.raises(tgm.UserError, match=r"^1 / 0 failed: a kernel or graph does not compile"):
-        kernel_specs.run_with_fake_driver("1 / 0")
-    assert "ZeroDivisionError" in capfd.readouterr().err
+@pytest.mark.parametrize("arguments, sentence", [
+    (["shrt"], "'shrt' is not a preset"), (["--gpu", "75"], "invalid choice")])
+def test_what_cannot_be_compiled_gets_a_sentence(arguments, sentence, capsys):
+    with pytest.raises((tgm.UserError, SystemExit)) as error:
+        kernel_specs.main(arguments)
+    assert sentence in f"{error.value} {capsys.readouterr().err}"
+
+
+def test_what_does_not_compile_is_said():
+    with pytest.raises(tgm.UserError, match=r"(?s)^1 / 0 failed:.*ZeroDivisionError"):
+        kernel_specs.compiled("1 / 0")
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="nothing is interpreted where there is a GPU")
+def test_an_address_outside_of_every_argument_is_found(monkeypatch, kernels):
+    check_addresses(monkeypatch)
+    g, out = randn(1, 16, 32, seed=1, dtype=torch.float16), torch.empty(1, 8, 32, dtype=torch.float16)
+    ids, order = torch.randint(8, (16,), generator=torch.Generator().manual_seed(1)).int().sort()
+    starts = torch.searchsorted(ids, torch.arange(9, dtype=torch.int32))
+
+    def launch(starts: torch.Tensor) -> None:
+        tgm.embedding_grad_kernel[(8, 1)](g, order, starts, out, 16, 8, 32, ROWS=16, CHANNELS=32)
+
+    launch(starts)
+    with pytest.raises(Exception, match="outside of every argument"):
+        launch(starts[:8].clone())

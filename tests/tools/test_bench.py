@@ -12,7 +12,6 @@ from torch.autograd import DeviceType
 
 import bench
 import helpers
-import kernel_specs
 import plain_twin
 import plan
 import pretended_gpu as pretended_gpu_module
@@ -369,57 +368,6 @@ def test_the_readme_shows_the_modelled_step():
         assert table in readme
     ms, minutes = re.fullmatch(r"mean step (\d+) ms, ([\d.]+) minutes", summary).groups()
     assert f"{ms} ms in the mean, {minutes} minutes" in " ".join(readme.split())
-
-
-def test_a_table_of_kernels_counts_equal_ones_and_is_read_back():
-    spec = kernel_specs.CompiledKernel("validation", 4, 32, 0, 0, 1024, "XBLOCK=8,YBLOCK=4", "triton_poi_fused_add_3")
-    other = spec._replace(config="-", spill_store_bytes=8)
-    twice = [spec, spec._replace(name="triton_poi_fused_add_12")]
-    table = kernel_specs.format_table({"medium": [*twice, other], "short": [other]})
-    named = [k._replace(name="triton_poi_fused_add") for k in (spec, other)]
-    spills, *shown = kernel_specs.with_spills_first(table).splitlines()
-    assert spills == "triton_poi_fused_add spills: a thread stores 8 bytes and loads 0" and shown[0] == ""
-    assert kernel_specs.read_table("\n".join([spills, *shown, ""])) == named
-    assert [line.split()[:2] for line in table.splitlines()] == [["medium", "short"], ["2", "0"], ["1", "1"]]
-
-
-@pytest.mark.parametrize("version", ["2.11", "2.13"])  # the oldest that has been compiled for, the pinned one
-def test_every_kernel_of_a_run_has_been_compiled_for_an_h100(version):
-    folder = helpers.RECORDS / "tools" / "bench"
-    text, readme = (folder / f"kernel_specs_{version}.txt").read_text(), (folder / "README.md").read_text()
-    assert f", torch {version}." in text.splitlines()[0]
-    kernels = kernel_specs.read_table(text)
-    kernel_specs.refuse_too_large(kernels)
-    by_hand = {k.name.split("(")[0] for k in kernels if k.phase == "hand-written"}
-    assert by_hand == {name for name in dir(tgm) if name.endswith("_kernel")}
-    assert {k.phase for k in kernels if "flex_attention" in k.name and k.name.startswith("triton_tem")} == {
-        "training-forward", "training-backward", "validation"}
-    assert {k.phase for k in kernels if k.name.startswith("triton_poi")} == {
-        "training-forward", "training-backward", "validation", "updates-1-rank", "updates-8-ranks"}
-    assert all(k.name in readme for k in kernels if k.spill_store_bytes + k.spill_load_bytes)
-
-
-def test_the_readme_sums_up_the_tables_of_kernels():
-    folder = helpers.RECORDS / "tools" / "bench"
-    phases = {"training-forward": "training, forward", "validation": "validation",
-              "training-backward": "training, backward", "updates-1-rank": "updates, one rank",
-              "updates-8-ranks": "updates, 8 ranks", "hand-written": "hand-written"}
-    for phase, label in phases.items():
-        columns = []
-        for version in ("2.11", "2.13"):
-            lines = [line.split() for line in (folder / f"kernel_specs_{version}.txt").read_text().splitlines()]
-            rows = [[int(row[i]) for i in (0, 1, 4, 7)] for row in lines if row[2:3] == [phase]]
-            medium, short, registers, shared = zip(*rows)
-            columns.append([sum(medium), sum(short), max(registers), f"{max(shared):,}"])
-        row = " | ".join(f"{older} / {newer}" for older, newer in zip(*columns))
-        assert f"| {label} | {row} |" in (folder / "README.md").read_text()
-
-
-@pytest.mark.parametrize("arguments, sentence", [(["shrt"], "'shrt' is not a preset"), (["short"], "a CUDA build")])
-def test_presets_that_cannot_be_compiled_get_a_sentence(monkeypatch, arguments, sentence):
-    monkeypatch.setattr(torch.version, "cuda", None)
-    with pytest.raises(tgm.UserError, match=sentence):
-        kernel_specs.main(arguments)
 
 
 @pytest.mark.record

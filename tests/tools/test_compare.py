@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 import compare
-import plot
+import curves
 import records
 import synthetic_logs as logs
 from helpers import RECORDS
@@ -93,11 +93,6 @@ def test_logs_that_do_not_state_their_windows_are_not_split_by_them(tmp_path, ca
     assert "at equal share of the run" in compare.report(r) and r["loss_at_equal"]["tokens"] == []
 
 
-def test_runs_that_state_other_windows_than_their_side_are_told(tmp_path):
-    logs.write_log(tmp_path / "b", replace(LAST, seed=9, last_window=8))
-    assert any(line.startswith("b: the logs do not state") for line in compare_specs(tmp_path, LAST, LAST)["warnings"])
-
-
 def test_losses_at_equal_tokens(tmp_path):
     """The run of fewer tokens ends the table; where batches are equal, equal steps are equal tokens."""
     full = replace(LAST, num_iterations=200)
@@ -121,11 +116,11 @@ def test_loss_difference_and_its_worth_in_steps(sides):
         np.mean([logs.curve(200, s) for s in B]) - np.mean([logs.curve(200, s) for s in A]), abs=2e-6)
 
 
-def hand_made(name: str, *last_losses: tuple[float, float]) -> compare.Side:
+def hand_made(name: str, *last_losses: tuple[float, float]) -> curves.Side:
     """Runs of 100 steps, validated at 0, 50 and 100; the losses at the latter two."""
     runs = [Run(Path(name), 100, [Validation(step, loss, step) for step, loss in ((0, 5.0), (50, middle), (100, end))])
             for middle, end in last_losses]
-    return compare.side_of(runs, name, Path(name))
+    return curves.side_of(runs, name, Path(name))
 
 
 def test_steps_at_equal_loss():
@@ -149,7 +144,7 @@ def test_a_curve_that_rises_at_its_end_is_continued_as_its_second_half_falls():
     """Mean 4, 2.925, 3 from step 50 on: a fall of 0.02 a step. A loss that is not a number is passed over."""
     runs = [Run(Path("x"), 100, [Validation(step, loss, step) for step, loss in zip((0, 50, 75, 100), losses)])
             for losses in ((5.0, 4.0, 3.05, 3.1), (5.0, 4.0, 2.8, 2.9))]
-    side = compare.side_of(runs, "x", Path("x"))
+    side = curves.side_of(runs, "x", Path("x"))
     found = compare.compare_sides(side, side)["steps_at_equal_loss"]
     assert found["steps_a"] == pytest.approx(np.mean([105, 50 + 25 / 1.2])) and found["above_a"] == 1
     gap = Run(Path("x"), 100, [Validation(step, loss, step) for step, loss in ((0, 4.0), (50, math.nan), (100, 3.0))])
@@ -215,7 +210,7 @@ def test_windows_of_untimed_steps_alone_do_not_count(tmp_path):
     sides = [compare.read_side(tmp_path / side) for side in "ab"]
     rows = compare.compare_sides(*sides)["ms_per_step_at_equal_window"]
     assert len(rows) > 1 and sum(row["steps_a"] for row in rows) == 30
-    edges, ms, _ = plot.step_times_of(sides[0], [0, 20, 40])
+    edges, ms, _ = curves.step_times_of(sides[0], [0, 20, 40])
     assert edges.tolist() == [10, 20, 40] and ms == pytest.approx(100)
     for row in rows:
         assert (row["ms_a"], row["ms_b"]) == (pytest.approx(100), pytest.approx(90))

@@ -40,8 +40,8 @@ def test_a_new_folder_keeps_every_rule(records_folder, capsys):
     findings = check.apply_rules(check.read_folder(folder), check.Limits())
     assert {f.rule.id: f.status for f in findings} == {
         rule.id: "not applicable" if rule.id == "scripts" else "ok" for rule in check.RULES}
-    assert len(list(folder.glob("*.txt"))) == 8 and len(list(folder.glob("baseline/*.txt"))) == 4
-    assert [path.stem for path in folder.glob("failed/*.txt")] == [crashed.run_id]
+    assert [len(list(folder.glob(pattern))) for pattern in ("*.txt.gz", "baseline/*.txt.gz", "failed/*.txt.gz")] == [
+        8, 4, 1]
     text = (folder / "README.md").read_text()
     assert "## What changed\n\nA constant.\n" in text and "of which faster steps, at equal window and batch (s)" in text
     for path in folder.glob("figures/*.png"):
@@ -85,27 +85,21 @@ def test_the_leaderboard_of_this_repository_is_the_tools():
     assert new.leaderboard(RECORDS) in (RECORDS / "README.md").read_text()
 
 
-@pytest.mark.parametrize("content, word", [
-    ("", "is empty"), (logs.log_text(replace(logs.Spec(), last_step=60)), "finished")])
-def test_nothing_is_left_behind_by_logs_that_will_not_do(records_folder, content, word):
-    before = sorted(records_folder.rglob("*"))
-    (records_folder.parent / "one.log").write_text(content)
+GOOD = logs.log_text(logs.Spec())
+
+
+@pytest.mark.parametrize("content, name, date, times_given, word", [
+    ("", "X", "2026-01-02", 1, "is empty"),
+    (logs.log_text(logs.Spec(last_step=60)), "X", "2026-01-02", 1, "none of the logs is finished"),
+    (GOOD, "X", "2026-01-02", 2, "counts once"), (GOOD, "a/b", "2026-01-02", 1, "is no name"),
+    (GOOD, "X", "today", 1, "is no name"), (GOOD, "SmearMTP", "2025-11-02", 1, "exists already"),
+    (GOOD, "X", "2026-02-30", 1, "is no name")])
+def test_what_will_not_do_leaves_nothing_behind(records_folder, content, name, date, times_given, word):
+    before, log = sorted(records_folder.rglob("*")), records_folder.parent / "one.log"
+    log.write_text(content)
     with pytest.raises(RecordError, match=word):
-        new.new("X", "2026-01-02", [records_folder.parent / "one.log"], [], "-", False, records_folder)
+        new.new(name, date, [log] * times_given, [], "-", False, records_folder)
     assert sorted(records_folder.rglob("*")) == before
-
-
-@pytest.mark.parametrize("name, date", [("a/b", "2026-01-02"), ("X", "today"), ("SmearMTP", "2025-11-02"),
-                                        ("X", "2026-02-30")])
-def test_names_that_will_not_do(records_folder, name, date):
-    with pytest.raises(RecordError, match="is no name|exists already"):
-        new.new(name, date, [], [], "-", False, records_folder)
-
-
-def test_a_log_given_twice_is_refused(records_folder):
-    log = logs.write_log(records_folder.parent, logs.Spec())
-    with pytest.raises(RecordError, match="counts once"):
-        new.new("X", "2026-01-02", [log, log], [], "-", False, records_folder)
 
 
 def test_logs_of_one_name_in_several_folders_are_several_runs(tmp_path):
@@ -113,23 +107,19 @@ def test_logs_of_one_name_in_several_folders_are_several_runs(tmp_path):
     for spec in specs:
         logs.write_log(tmp_path / f"seed{spec.seed}", spec, "train.log")
     folder = tmp_path / "record"
-    runs = new.copy_logs([tmp_path / f"seed{spec.seed}" for spec in specs], folder, folder / "failed")
-    assert sorted(path.name for path in folder.iterdir()) == ["train-seed1.log", "train-seed2.log", "train.log"]
-    assert {run.final_loss for run in check.read_folder(folder).record} == {run.final_loss for run in runs}
-    with pytest.raises(RecordError, match="counts once"):
-        new.copy_logs([tmp_path / "seed1", tmp_path / "seed1"], tmp_path / "again", folder / "failed")
+    new.copy_logs([tmp_path / f"seed{spec.seed}" for spec in specs], folder, folder / "failed")
+    assert {path.name for path in folder.iterdir()} == {"train-seed1.log.gz", "train-seed2.log.gz", "train.log.gz"}
+    assert sorted(run.final_loss for run in check.read_folder(folder).record) == sorted(spec.loss for spec in specs)
 
 
-def test_a_large_folder_is_compressed_and_read_all_the_same(records_folder, monkeypatch):
+def test_logs_are_compressed_and_the_same_logs_give_the_same_bytes(records_folder):
+    """Also those that came compressed."""
     make(records_folder)
-    monkeypatch.setattr(new, "MAX_BYTES", 300_000)
-    make(records_folder, "Compressed")
-    plain, compressed = (records_folder / f"2026-01-02_{name}" for name in ("Made-up", "Compressed"))
-    names = sorted(path.relative_to(plain) for path in plain.rglob("*.txt"))
-    assert sorted(path.relative_to(compressed) for path in compressed.rglob("*.txt*")) == [
-        Path(f"{name}.gz") for name in names] and len(names) == 12
-    assert [gzip.decompress((compressed / f"{name}.gz").read_bytes()) for name in names] == [
-        (plain / name).read_bytes() for name in names]
-    verdicts = [[(f.rule.id, f.status) for f in check.apply_rules(check.read_folder(folder), check.Limits())]
-                for folder in (plain, compressed)]
-    assert verdicts[0] == verdicts[1]
+    runs = records_folder.parent / "runs"
+    for log in runs.rglob("*.txt"):
+        (log.parent / f"{log.name}.gz").write_bytes(gzip.compress(log.read_bytes(), 1))
+        log.unlink()
+    new.new("Again", "2026-01-02", [runs / "new"], [runs / "old"], "A constant.", False, records_folder)
+    first, again = ({path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.txt.gz")} for folder in (
+        records_folder / f"2026-01-02_{name}" for name in ("Made-up", "Again")))
+    assert first == again and len(first) == 12

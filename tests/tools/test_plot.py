@@ -8,6 +8,7 @@ import pytest
 import plot
 import records
 import synthetic_logs as logs
+from curves import read_curve
 from helpers import RECORDS
 from run_log import RecordError
 
@@ -41,33 +42,44 @@ def test_committed_figures_are_those_of_the_published_data(tmp_path):
 def test_one_unadorned_log_gives_what_it_can(tmp_path):
     path = logs.write_log(tmp_path, logs.Spec(smear_lambda=None, is_old=True))
     assert [p.name for p in plot.draw([path], tmp_path)] == ["loss.png", "step_time.png", "final_losses.png"]
-    assert plot.read_series(path)[0].windows is None
+    assert read_curve(path).side.stated("windows") is None
 
 
-def test_series_are_means_over_runs(tmp_path):
+def test_curves_are_means_over_runs(tmp_path):
     specs = [logs.Spec(loss=loss, seed=i, smear_lambda=0.004 * (i + 1)) for i, loss in enumerate((2.918, 2.920))]
     for spec in specs:
         logs.write_log(tmp_path, spec)
-    series, _ = plot.read_series(tmp_path)
-    assert series.losses[-1] == pytest.approx(2.919, abs=1e-6)
-    assert series.stds[-1] == pytest.approx(0.002 / 2 ** 0.5, abs=1e-6)
-    mean, sigma = series.extras["smear_lambda"]
+    curve = read_curve(tmp_path)
+    assert curve.losses[-1] == pytest.approx(2.919, abs=1e-6)
+    assert curve.stds[-1] == pytest.approx(0.002 / 2 ** 0.5, abs=1e-6)
+    mean, sigma = curve.extras["smear_lambda"]
     assert (mean[-1], sigma[-1]) == pytest.approx((0.006, 0.004 / 2 ** 0.5), abs=1e-6)
-    steps, ms, _ = series.step_times
+    steps, ms, _ = curve.step_times
     # 25 steps from validation to validation are off by 1 ms of rounding and 5 deviations of jitter.
     expected = logs.step_ms(specs[0]).reshape(8, 25).mean(1)
     assert steps.tolist() == list(range(0, 201, 25)) and np.abs(ms[:-1] - expected).max() <= (1 + 5 * 0.2 * 5) / 25
-    assert (series.windows == logs.window_blocks(specs[0])).all()
+    assert (curve.side.stated("windows") == logs.window_blocks(specs[0])).all()
 
 
 def test_published_curve_has_lambdas_and_step_times():
-    series, data = plot.read_series(RECORDS / "2025-11-02_SmearMTP")
-    assert set(series.extras) == {"smear_lambda", "backout_lambda_0", "backout_lambda_1"}
-    smear = series.extras["smear_lambda"][0]
+    curve = read_curve(RECORDS / "2025-11-02_SmearMTP")
+    assert set(curve.extras) == {"smear_lambda", "backout_lambda_0", "backout_lambda_1"}
+    smear = curve.extras["smear_lambda"][0]
     assert smear[1] < 0 < 0.007 < smear[-1] < 0.009
-    steps, ms, _ = series.step_times
+    steps, ms, _ = curve.step_times
     seconds = (np.diff(steps) * ms[:-1]).sum() / 1000
-    assert seconds == pytest.approx(np.mean([run.train_seconds for run in series.runs]), abs=0.001)
+    assert seconds == pytest.approx(np.mean([run.train_seconds for run in curve.side.runs]), abs=0.001)
+
+
+@pytest.mark.parametrize("vocabulary, is_drawn", [("", True), ("\nvocab_size = 50257", True),
+                                                  ("\nvocab_size = 257", False)])
+def test_the_target_stands_beside_losses_of_its_task_alone(tmp_path, vocabulary, is_drawn):
+    path = logs.write_log(tmp_path, logs.Spec(constants=logs.Spec.constants + vocabulary))
+    plt = plot.load_pyplot()
+    for drawing in (plot.loss_figure, plot.final_figure):
+        figure = drawing(plt, [read_curve(path)])
+        assert any("target" in text.get_text() for text in figure.findobj(plt.Text)) == is_drawn
+        plt.close(figure)
 
 
 def test_too_many_sets_and_folders_that_cannot_be_written(tmp_path):

@@ -270,22 +270,6 @@ def test_runs_are_hidden_and_shown(page, record):
 
 
 @needs_chromium
-def test_time_and_differences(page, record):
-    hide_means(page)
-    page.evaluate("document.querySelector('input[value=time]').click()")
-    page.evaluate("document.querySelector('input[value=difference]').click()")
-    label = page.evaluate("document.querySelector('#loss-chart .plot').ariaLabel")
-    assert label.startswith("Difference of the loss (0.001 nats/token), against training time (seconds)")
-    page.evaluate(FOCUS)
-    page.press("ArrowLeft")
-    a = compare.mean_curve(compare.read_side(record / "baseline"))
-    last = read_log(sorted(record.glob("*.txt"))[7]).validations[-1]
-    expected = 1000 * (last.loss - np.interp(last.train_ms / 1000, a.seconds, a.losses))
-    assert told(page, record) == ("B8", last.step)
-    assert float(plain([page.evaluate(READING).split("difference ")[1]])) == pytest.approx(expected, abs=0.002)
-
-
-@needs_chromium
 def test_what_logs_say_is_text(page):
     assert EVIL in page.evaluate("document.getElementById('diff').textContent")
     assert EVIL in page.evaluate("document.getElementById('constants-differ').textContent")

@@ -1,6 +1,5 @@
 """data/shards.py: the format as bytes on disk, what the tokens are, and what a user reads when it cannot be done."""
 import os
-import random
 import struct
 import subprocess
 import sys
@@ -57,12 +56,6 @@ def test_bytes_on_disk(tmp_path, in_pieces):
     header = [20240520, 1, 6, 257, 256] + [0] * 251
     assert path.read_bytes() == struct.pack("<256i6H", *header, 256, 1, 2, 256, 255, 0)
     assert os.listdir(tmp_path) == ["a.bin"]
-
-
-def test_largest_vocabulary_survives(tmp_path):
-    shard_format.write_shard(tmp_path / "a.bin", np.array([65535, 0, 32768]), 65536, 65535)
-    header, ids = read(tmp_path / "a.bin")
-    assert header[2:5] == (3, 65536, 65535) and ids.tolist() == [65535, 0, 32768]
 
 
 @pytest.mark.parametrize("ids, vocab_size, doc_id, words", [
@@ -133,36 +126,11 @@ def test_text_decodes_to_the_documents(text_split):
     assert decoded == generate.text_documents()
 
 
-def test_text_is_what_python_documents(text_split):
-    from pydoc_data.topics import topics
-    everything = b"".join(text_split["val"] + text_split["train"])
-    assert topics["while"].strip().splitlines()[0].encode() in everything
-    for docstring in (argparse_docstring(), random.Random.sample.__doc__.strip().splitlines()[0]):
-        assert docstring.encode() in everything
-    assert b"\r" not in everything and b"\0" not in everything
-
-
-def argparse_docstring():
-    import argparse
-    return argparse.ArgumentParser.__doc__.strip().splitlines()[0]
-
-
 def test_val_and_train_are_disjoint(text_split):
     documents = text_split["val"] + text_split["train"]
     assert len(set(documents)) == len(documents)
     # Nor does a whole long paragraph of one document make up another document.
     assert not set(text_split["val"]) & {part for document in text_split["train"] for part in document.split(b"\n\n")}
-
-
-def test_val_and_train_mix_topics_and_modules(text_split):
-    from pydoc_data.topics import topics
-    wanted = {generate.clean(text).encode() for text in topics.values()}
-    num_topics = {key: sum(document in wanted for document in text_split[key]) for key in text_split}
-    # Drawn without replacement: the hypergeometric mean and standard deviation of validation's share, 5 sigma.
-    num_val, num_all = len(text_split["val"]), len(text_split["val"]) + len(text_split["train"])
-    share = sum(num_topics.values()) / num_all
-    sigma = (num_val * share * (1 - share) * (num_all - num_val) / (num_all - 1)) ** 0.5
-    assert 0 < num_topics["val"] and abs(num_topics["val"] - num_val * share) < 5 * sigma
 
 
 def test_text_is_the_same_in_another_process(text_folder, tmp_path):
@@ -190,11 +158,6 @@ class B: pass
         warnings.simplefilter("error")  # the method's backslash is worth one
         assert generate.docstrings(source.encode()) == ["module", "class\n\nindented", "method \\d", "function"]
     assert generate.docstrings(b"def broken(") == generate.docstrings(b"\0") == []
-
-
-def test_clean_text_can_always_be_encoded():
-    assert generate.clean("  é\ud800 \r\n\tx\n\n") == "é\n\tx"
-    assert generate.encode("é").tolist() == [256, 0xC3, 0xA9]
 
 
 def test_tests_and_packages_are_left_out(tmp_path):
@@ -265,19 +228,6 @@ def test_document_lengths(synthetic_ids):
     assert abs(np.log(np.median(lengths) + 0.5) - np.log(402.5)) < 4 * 1.114 / lengths.size**0.5 + 0.5 / 402.5
 
 
-def test_document_length_model():
-    lengths = generate.document_lengths(np.random.default_rng(3), 400_000)
-    assert lengths.min() == 32 and lengths.max() == 130_000  # both clips bite in so many
-    # P(length >= 20,000) = 0.01 (6000 / 20000)^1.2; the lognormal's own share, 4.45 sigma out, is below 5e-6.
-    chance = 0.01 * 0.3**1.2
-    assert abs(np.mean(lengths >= 20_000) - chance) < 5e-6 + 4 * (chance / lengths.size) ** 0.5
-    # Its quartiles, 0.6745 sigma from the median up to the tail's 1 %, give the lognormal's sigma.
-    low, high = np.log(np.quantile(lengths, [0.25 * 0.99, 0.75 * 0.99]))
-    # Each has the standard error sqrt(0.25 * 0.75 / n) / f, f = phi(0.6745) / 0.88 = 0.361; the difference at most
-    # twice that. Truncation moves the lower one, at 220, by less than 1 / 200.
-    assert abs(high - low - 2 * 0.6745 * 0.88) < 4 * 2 * (0.1875 / lengths.size) ** 0.5 / 0.361 + 1 / 200
-
-
 def test_zipf_frequencies(synthetic_ids):
     ids = synthetic_ids[synthetic_ids != 50256]
     weights = 1 / np.arange(1, 50257)
@@ -292,14 +242,6 @@ def test_zipf_frequencies(synthetic_ids):
     assert abs(chi2 - (edges.size - 1)) < 5 * (2 * (edges.size - 1)) ** 0.5
 
 
-def test_neighbours_are_independent(synthetic_ids):
-    # Id 0 has the chance 0.087, so 0 0 has its square; a generator restarted by mistake at each piece would show below.
-    zero = synthetic_ids == 0
-    chance = zero.mean() ** 2
-    assert abs(np.mean(zero[1:] & zero[:-1]) - chance) < 5 * (3 * chance / zero.size) ** 0.5
-    assert not np.array_equal(zero[:10_000], zero[generate.PIECE_TOKENS:][:10_000])
-
-
 def test_defaults_carry_the_short_preset():
     args = shards.parse(["synthetic"])
     assert args.shards * ((args.tokens - 1) // 524_288) >= 300 > (args.shards - 1) * ((args.tokens - 1) // 524_288)
@@ -308,15 +250,6 @@ def test_defaults_carry_the_short_preset():
 
 
 # ---- what the user reads
-
-def test_success_is_summed_up(tmp_path):
-    result = run("synthetic", tmp_path / "new", "--shards", 1, "--tokens", 1000, "--val-tokens", 500)
-    assert result.returncode == 0 and not result.stderr
-    val, train, done = result.stdout.splitlines()
-    num_documents = int(np.sum(read(tmp_path / "new" / "synthetic_train_000001.bin")[1] == 50256))
-    assert "synthetic_val_000000.bin: 500 tokens" in val
-    assert f"synthetic_train_000001.bin: 1,000 tokens, {num_documents} documents, 0.0 MB" in train
-
 
 @pytest.mark.parametrize("command", ["text", "synthetic"])
 def test_a_file_in_the_folders_place(tmp_path, command):
@@ -337,12 +270,6 @@ def test_a_folder_in_the_shards_place(tmp_path):
 def test_sizes_that_cannot_be(tmp_path, option, value, word):
     assert_one_sentence(run("synthetic", tmp_path / "new", option, value), word, "ask for")
     assert not (tmp_path / "new").exists()
-
-
-def test_usage_errors_are_argparse_s(tmp_path):
-    for args in ([], ["nothing"], ["synthetic", tmp_path, "--tokens", "many"]):
-        result = run(*args)
-        assert result.returncode == 2 and result.stderr.startswith("usage:")
 
 
 @pytest.fixture

