@@ -178,8 +178,7 @@ def all_readable(folder, limits):
 @rule("finished", "error", "A run without a final loss cannot count, and leaving it out would choose among runs; "
       "keep crashed ones in failed/.", "records/README.md, rule 7")
 def all_finished(folder, limits):
-    problems = [f"{name_of(run)} {run.ending}"
-                for run in folder.record + folder.baseline if not run.finished]
+    problems = [f"{name_of(run)} {run.ending}" for run in folder.record + folder.baseline if not run.finished]
     return problems + [f"{name_of(run)} ends with loss {run.final_loss}" for run in folder.record + folder.baseline
                        if run.finished and not math.isfinite(run.final_loss)]
 
@@ -200,12 +199,8 @@ def no_run_twice(folder, limits):
                      if math.isfinite(run.train_seconds))
     problems = [f"loss {loss} after {seconds} s occurs {count} times" for (loss, seconds), count in finals.items()
                 if count > 1]
-    # Other names than run ids may be those of several runs.
-    ids = Counter(run.name for run in runs if RUN_ID.fullmatch(run.name))
-    curves = Counter(tuple(v.loss for v in run.validations) for run in runs if not math.isfinite(run.train_seconds))
-    return problems + [f"run id {id} occurs {count} times" for id, count in ids.items() if count > 1] + [
-        f"a run without times that ends at loss {losses[-1]:.6f} occurs {count} times"
-        for losses, count in curves.items() if count > 1 and not folder.published]
+    ids = Counter(run.name for run in runs if RUN_ID.fullmatch(run.name))  # other names may be those of several runs
+    return problems + [f"run id {id} occurs {count} times" for id, count in ids.items() if count > 1]
 
 
 @rule("seeds", "error", "Runs of one seed are not independent samples.", "the t-test's assumption")

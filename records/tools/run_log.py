@@ -127,12 +127,11 @@ class Run:
 
         An average of nan at step 0 may be 0 / 0 alone, so the next one decides: it is of all steps, or of all but ten.
         """
-        if not self.validations or not math.isnan(self.validations[0].step_avg_ms or 0):
+        known = [v for v in self.validations if v.step_avg_ms is not None]
+        later = [v for v in known if v.step > 10 and math.isfinite(v.step_avg_ms)]
+        if not later or not math.isnan(known[0].step_avg_ms):
             return 0
-        later = next((v for v in self.validations if v.step > 10 and (v.step_avg_ms or 0) > 0), None)
-        if later is None:
-            return 0
-        of_all, of_all_but_ten = (abs(later.step_avg_ms * (later.step - n) - later.train_ms) for n in (0, 10))
+        of_all, of_all_but_ten = (abs(later[0].step_avg_ms * (later[0].step - n) - later[0].train_ms) for n in (0, 10))
         return 10 if of_all_but_ten < of_all else 0
 
     def _of_steps(self, name: str) -> list[int]:

@@ -261,21 +261,11 @@ def test_all_reduce_line_when_python_starts_slowly(tmp_path, monkeypatch):
     assert "to start in 2 ranks" in preflight.check_all_reduce(2, False, trial=print).text
 
 
-def spoil(rank, size, port, on_gpu):
-    all_reduce = torch.distributed.all_reduce
-
-    def spoiled(x):
-        all_reduce(x)
-        x[0] += 1
-
-    torch.distributed.all_reduce = spoiled
-    preflight.all_reduce_rank(rank, size, port, on_gpu)
-
-
-def test_a_wrong_sum_is_found_without_asserts_too(monkeypatch, capfd):
-    monkeypatch.setenv("PYTHONOPTIMIZE", "1")
-    assert "failed" in preflight.check_all_reduce(2, False, limit_s=600, trial=spoil).text
-    assert "the sum of 1 to 2 came as 3 to 4" in capfd.readouterr().err
+def test_a_wrong_sum_is_found(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: total[1:].fill_(3))
+    with pytest.raises(SystemExit, match="the sum of 1 to 2 came as 1 to 3"):
+        preflight.all_reduce_rank(0, 2, 0, on_gpu=False)
 
 
 def test_report_on_this_machine_is_one_screen():
