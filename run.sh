@@ -23,6 +23,7 @@ Sets up Python, looks at the hardware and trains. It says what it will do first,
 The environment: an active one that satisfies requirements.txt is used as it is; otherwise .venv is made and filled.
 The shards: the preset's folder below data/, or the folder that DATA_PATH names.
 The script: train_gpt_medium.py, or the one that TRAIN_SCRIPT names (an edited copy of it, for comparisons).
+Paths are meant from the folder in which you are.
 
   ./run.sh --check [PRESET]  only look: GPUs, driver, torch, all-reduce, memory, shards, disks, duration
   ./run.sh --python [FILE]   only set up Python (for FILE instead of requirements.txt) and print its interpreter

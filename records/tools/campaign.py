@@ -145,8 +145,9 @@ def run_once(script: Path, side: str, number: int, preset: str, launcher: Path) 
     console: list[str] = []
     # A copied recipe may import the trainer, which is not copied with it.
     path = os.pathsep.join([str(launcher.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    data = {"DATA_PATH": os.path.abspath(os.environ["DATA_PATH"])} if os.environ.get("DATA_PATH") else {}
     process = subprocess.Popen([str(launcher), preset], cwd=launcher.parent, text=True,
-                               env=os.environ | {"TRAIN_SCRIPT": str(script), "PYTHONPATH": path},
+                               env=os.environ | data | {"TRAIN_SCRIPT": str(script), "PYTHONPATH": path},
                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                errors="replace")
     fault = ""
