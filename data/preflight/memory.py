@@ -164,11 +164,29 @@ def largest_micro_seq_len(config, world_size: int, free_bytes: int) -> tuple[int
     return max(((length, size) for length, size in found.items() if size <= free_bytes), default=None)
 
 
-def checkpoint_bytes(config) -> int:
-    """What the ranks write for one checkpoint: parameters, padded as banks are, and their states."""
+def optimizer_of(config, world_size: int):
+    """The Optimizer of rank 0, of meta tensors."""
     machine = machine_of(config)
     with META:
-        optimizer = machine.Optimizer(config.make_model(), config, machine.World(0, 1, META))
+        return machine.Optimizer(config.make_model(), config, machine.World(0, world_size, META))
+
+
+def padded_banks(optimizer) -> list[str]:
+    """A sentence for each bank of which padding is more than a tenth, and a MB."""
+    said = []
+    for name, bank in optimizer.banks.items():
+        share, size = bank.padding / len(bank.buffer), bank.padding * bank.buffer.itemsize / 1e6
+        if share > 0.1 and size > 1:
+            unit = " x ".join(map(str, bank.shard.shape[1:]))
+            said.append(f"{name}: {share:.0%} of what {bank.world.size} ranks send, hold and update is padding "
+                        f"({size:,.0f} MB), since no rank can own a part of {unit}: give the parameters a rule with "
+                        "smaller units, or a group with more of that shape")
+    return said
+
+
+def checkpoint_bytes(config) -> int:
+    """What the ranks write for one checkpoint: parameters, padded as banks are, and their states."""
+    optimizer = optimizer_of(config, 1)
     return sum(x.nbytes for x in tree_leaves([optimizer.state_dict(), [b.buffer for b in optimizer.banks.values()]]))
 
 

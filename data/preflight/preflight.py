@@ -14,6 +14,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -196,6 +197,15 @@ def check_memory(gpus: list[Gpu], config) -> Line:
         return not_counted("memory", config, error)
 
 
+def check_padding(gpus: list[Gpu], config) -> list[Line]:
+    """Banks that the ranks cannot share without much padding."""
+    import memory  # with torch, which may not load
+    with suppress(Exception):  # check_memory says what cannot be counted
+        return [Line("warning", "padding", text)
+                for text in memory.padded_banks(memory.optimizer_of(config, ranks_on(gpus)))]
+    return []
+
+
 def check_shards(config, errors: type[Exception], find_shards) -> Line:
     """Whether the trainer's own check is content; missing FineWeb shards are run.sh's to fetch."""
     try:
@@ -335,6 +345,7 @@ def report(preset: str) -> list[Line]:
         check_torch(gpus, torch),
         check_all_reduce(ranks_on(gpus) if on_gpu else 1, on_gpu),
         check_memory(gpus, config),
+        *check_padding(gpus, config),
         shards_line,
         *check_disk(config, 0 if shards_line.status == "ok" else num_shards),
         check_duration(gpus, config),

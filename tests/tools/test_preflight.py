@@ -161,6 +161,22 @@ def test_memory_line_without_an_estimate():
     assert memory_line(tgm.PRESETS["tiny"]())[0] == "ok" and memory_line(tgm.Config())[0] == "warning"
 
 
+def test_banks_that_the_gpus_cannot_share_are_said(monkeypatch):
+    """Muon never divides a matrix: with the head as its only one of that shape, 7 of 8 GPUs hold zeros."""
+    groups = tuple(group._replace(rule=tgm.Muon(lr=0.03, decay=0.01)) if group.name == "lm_head" else group
+                   for group in tgm.GROUPS)
+    monkeypatch.setitem(tgm.PRESETS, "medium", lambda: tgm.Config(groups=groups))
+    monkeypatch.setattr(preflight, "list_gpus", lambda: [H100] * 8)
+    for name in ("check_memory", "check_all_reduce"):
+        monkeypatch.setattr(preflight, name, lambda *_: preflight.Line("ok", "", ""))
+    line, = (line for line in preflight.report("medium") if line.subject == "padding")
+    assert line.status == "warning" and line.text.startswith(
+        "lm_head: 88% of what 8 ranks send, hold and update is padding (1,442 MB), since no rank can own a part of "
+        "50304 x 1024: ")
+    assert preflight.check_padding([H100], tgm.Config(groups=groups)) == []
+    assert preflight.check_padding([H100] * 8, tgm.Config()) == []  # a sixteenth of qkvo, and a KB of scalars
+
+
 def look(preset: str, **environment: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
                                 "CUDA_VISIBLE_DEVICES": ""} | environment

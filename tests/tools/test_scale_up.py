@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-import plan
+import memory
 import run_log
 import train_gpt_1b as t1b
 import train_gpt_medium as tgm
@@ -55,7 +55,7 @@ def with_shards(folder: Path, config: t1b.Config, train, val=random_ids(1025, se
 @pytest.mark.parametrize("preset", ["baseline", "1b"])
 def test_parameters_are_counted_exactly(preset):
     """The published count is the baseline's: Smear-MTP adds its one scalar."""
-    optimizer = plan.plan_optimizer(t1b.PRESETS[preset](), 8)
+    optimizer = memory.optimizer_of(t1b.PRESETS[preset](), 8)
     numbers = {name: len(bank.buffer) - bank.padding for name, bank in optimizer.banks.items()}
     assert sum(numbers.values()) == 1_549_467_648 + (preset == "1b")
     assert numbers["mlp"] + numbers["attention"] == 52 * 12 * 1536 ** 2 and numbers["tied"] == 50_304 * 1536

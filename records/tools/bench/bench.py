@@ -1,33 +1,26 @@
-"""What a change to the trainer costs or wins: two models side by side on one GPU, and kernel by kernel.
+"""What a change to the trainer costs or wins on one GPU: two models side by side, and kernel by kernel.
 
     python records/tools/bench/bench.py    # the trainer against its plain twin, one slice, window 14
-    bench.py --windows all --json ab.json    # all six windows that stand for the run
-    bench.py --sides ours,baseline --profile smear    # and a profile of each side
-    bench.py --diff smear.baseline.json smear.ours.json    # kernels gained and lost; no GPU
-    bench.py --kernels            # each hand-written kernel against a library's or plain version
-    bench.py --optimizer          # a rank's step against the frozen optimizer's, alone and of 8
+    bench.py --sides ours baseline --windows 3 14 27    # the record without Smear-MTP; windows in blocks
+    bench.py --profile --json ab.json    # and the kernels of both sides
+    bench.py --kernels            # each hand-written kernel: its error, and its time against what it replaces
     bench.py --sweep-attention    # FlexAttention's block sizes, warps and stages
     bench.py --choose FILE        # the script's two dictionaries of them, from a sweep's results
 
 With --json, what is measured lies in the file as it comes, so that a killed run leaves it.
-Without a GPU the first command counts instead of timing: FLOPs, saved activations, registers, bytes per kernel.
 """
 import argparse
 import json
 import math
 import os
-import re
-import subprocess
 import sys
 import textwrap
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
-from importlib.util import find_spec
-from itertools import pairwise
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,14 +34,10 @@ from torch.nn.attention.flex_attention import flex_attention
 ROOT = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import plain_optimizer  # noqa: E402
 import plain_twin  # noqa: E402
 import train_gpt_medium as tgm  # noqa: E402
 from stages import write_json  # noqa: E402
-from step_model import gemm_tflop  # noqa: E402
 
-# Long windows, in blocks, that stand for the run, and the share of its steps that each stands for.
-WINDOW_WEIGHTS = {3: .055, 7: .074, 11: .130, 14: .481, 17: .130, 23: .129}
 SIDES = ("ours", "plain", "baseline")  # the baseline is the record without Smear-MTP
 DATA_SEED = 77  # of the first hundred, the slice whose attention at window 14 comes closest to the run's 10.0 TFLOP
 WARM_STEPS, LOAD_SECONDS = 10, 5  # the load brings clocks and temperature to where a run holds them
@@ -56,19 +45,7 @@ ROUNDS, BLOCK_STEPS = 4, 5  # each round is the blocks A B B A
 HEAD_START = 10**7  # cycles that the GPU sleeps before a block, about 5 ms: launches are then not what is timed
 PROFILED_STEPS = 3
 NOISE = 0.005  # differences below this share of a step are noise
-KERNEL_BYTES = ROOT / "records" / "tools" / "bench" / "kernel_bytes.json"
-
-BODY, HEAD = "GEMMs of the body", "GEMM of the head"
-# The first pattern found in a kernel's name decides. Inductor names a fused kernel after all operations in it, so one
-# that gathers an embedding and also mixes it counts as embeddings. Sorts serve masks as well as embedding gradients.
-GROUP_PATTERNS = {
-    "attention": r"^triton_tem_.*flex_attention",  # its sum of o * do is a kernel of its own, and elementwise
-    "cross-entropy": r"cross_entropy|softmax|nll_loss",
-    "embeddings": r"embedding",
-    BODY: r"mlp_gemm_kernel|gemm|nvjet|cutlass|sm90_xmma|splitK",
-    "masks and the rest": r"(?i)cumsum|sort|bitwise|memcpy|memset",
-    "elementwise and norms": r"^triton_|elementwise|reduce_kernel",
-}
+MARGIN = 0.02  # of an operation in bf16 against fp32: its roundings are some 2^-9
 
 # The dictionaries of the script that a sweep chooses, and their windows
 SWEPT_WINDOWS = {"LONG_WINDOW_KERNEL": 14, "SHORT_WINDOW_KERNEL": 7}  # in the middle of the run
@@ -77,6 +54,8 @@ FORWARD_BLOCKS = ((128, 128, 2, 8), (128, 128, 1, 8), *((128, 64, stages, warps)
                   for warps in (4, 8)), (64, 64, 3, 4), (64, 128, 3, 4))
 BACKWARD_BLOCKS = (*((64, 64, 64, 64, stages, 4) for stages in (2, 3, 4)), (64, 128, 128, 64, 2, 8),
                    (64, 128, 128, 64, 3, 8), (32, 128, 128, 32, 3, 8))
+
+Save = Callable[[str, dict, str], None]  # writes down at once what was found, by its name, and its summary
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -117,96 +96,81 @@ def leave_initial_values(model: nn.Module) -> None:
         if "lambda" in name or name == "skip_weights":
             p += 0.1 * torch.randn_like(p)
         else:
-            p.copy_(torch.where(p == 0, 0.02 * torch.randn_like(p), p))
+            p.copy_(torch.where(p == 0, 0.02 * torch.randn_like(p, dtype=torch.float32), p))
 
 
-class Side(NamedTuple):
-    name: str
-    model: nn.Module
-
-
-def make_sides(names: Iterable[str], config: tgm.Config, device: torch.device) -> list[Side]:
+def make_sides(names: Iterable[str], config: tgm.Config, device: torch.device) -> dict[str, nn.Module]:
     """The named models, all with the same weights."""
     torch.manual_seed(0)
-    sides = []
+    sides = {}
     with device:
         ours = tgm.GPT(config)
         leave_initial_values(ours)
         for name in names:
-            model = ours
+            sides[name] = ours
             if name == "plain":
-                model = plain_twin.GPT(config)
-                plain_twin.copy_weights(ours, model)
+                sides[name] = plain_twin.GPT(config)
+                plain_twin.copy_weights(ours, sides[name])
             elif name == "baseline":
-                model, weights = tgm.GPT(replace(config, smear_mtp=False)), ours.state_dict()
-                model.load_state_dict({key: weights[key] for key in model.state_dict()})
-            sides.append(Side(name, model))
+                sides[name], weights = tgm.GPT(replace(config, smear_mtp=False)), ours.state_dict()
+                sides[name].load_state_dict({key: weights[key] for key in sides[name].state_dict()})
     return sides
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Timing on a GPU
 
-def record(forward: Callable, backward: Callable | None = None) -> list[torch.cuda.Event]:
-    """Events before and after forward(), and after backward(its result) if there is one."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(3 if backward else 2)]
-    events[0].record()
-    result = forward()
-    events[1].record()
-    if backward:
-        backward(result)
-        events[2].record()
-    return events
+def record(call: Callable) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    """Events before and after it."""
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before.record()
+    call()
+    after.record()
+    return before, after
 
 
-def step(model: nn.Module, ids: Tensor, targets: Tensor, window: Tensor) -> list[torch.cuda.Event]:
-    """Forward and backward of a slice."""
-    events = record(lambda: model(ids, targets, window), Tensor.backward)
-    model.zero_grad(set_to_none=True)
-    return events
-
-
-def interleave(calls: dict[str, Callable[[], list]], rounds: int, block: int) -> dict[str, np.ndarray]:
-    """Milliseconds [round, call, phase] by name, in blocks of calls in the order A B B A, so that drift cancels."""
+def interleave(calls: dict[str, Callable[[], tuple]], rounds: int, block: int) -> dict[str, np.ndarray]:
+    """Milliseconds [round, call] by name, in blocks of calls in the order A B B A, so that drift cancels."""
     times = {name: [] for name in calls}
     for _ in range(rounds):
         for name in (*calls, *reversed(calls)):
             torch.cuda._sleep(HEAD_START)
             recorded = [calls[name]() for _ in range(block)]
             torch.cuda.synchronize()
-            times[name] += [[a.elapsed_time(b) for a, b in pairwise(events)] for events in recorded]
-    return {name: np.array(rows).reshape(rounds, 2 * block, -1) for name, rows in times.items()}
+            times[name] += [before.elapsed_time(after) for before, after in recorded]
+    return {name: np.array(ms).reshape(rounds, 2 * block) for name, ms in times.items()}
 
 
-def warm_up(calls: dict[str, Callable[[], list]]) -> None:
-    """Compile everything, then some seconds of load."""
+def show(label: str, *columns: float | str, end: str = "") -> None:
+    """A row of a table."""
+    print(f"{label:40}", *(f"{x:>9}" if isinstance(x, str) else f"{x:9.3f}" for x in columns), end, flush=True)
+
+
+def compare(title: str, calls: dict[str, Callable[[], tuple]]) -> tuple[dict[str, dict], str]:
+    """Times by name, and a summary. All compiled and warm, some seconds of load, then the rounds of `interleave`.
+
+    ratio: the first one's median to this one's, of all rounds, the least and the greatest of one.
+    """
     interleave(calls, rounds=1, block=WARM_STEPS // 2)
     started = time.perf_counter()
     while time.perf_counter() - started < LOAD_SECONDS:
         interleave(calls, rounds=1, block=BLOCK_STEPS)
+    times, rows = interleave(calls, ROUNDS, BLOCK_STEPS), {}
+    first = times[next(iter(calls))]
+    show(title, "ms", "25 %", "75 %", "ratio", "least", "greatest")
+    for name, ms in times.items():
+        by_round = np.median(first, axis=1) / np.median(ms, axis=1)
+        ratios = np.median(first) / np.median(ms), by_round.min(), by_round.max()
+        rows[name] = {"ms": np.quantile(ms, (0.5, 0.25, 0.75)).tolist(), "ratio": [*map(float, ratios)]}
+        show(f"  {name}", *rows[name]["ms"], *rows[name]["ratio"])
+    return rows, f"{title}: " + ", ".join(f"{name} {row['ms'][0]:.3f} ms" for name, row in rows.items())
 
 
-def spread(ms: np.ndarray) -> dict[str, float]:
-    return dict(zip(("median", "lower_quartile", "upper_quartile"), np.quantile(ms, (0.5, 0.25, 0.75)).tolist()))
-
-
-def ask_nvidia_smi(fields: str) -> str:
-    gpu = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
-    try:
-        done = subprocess.run(["nvidia-smi", f"--id={gpu}", f"--query-gpu={fields}", "--format=csv,noheader"],
-                              capture_output=True, text=True)
-    except OSError:
-        return "unknown"
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
-
-
-def clocks_under(call: Callable) -> str:
-    """Clocks and power while the GPU works through calls queued just before."""
-    for _ in range(BLOCK_STEPS):
-        call()
-    state = ask_nvidia_smi("clocks.sm,clocks.mem,power.draw,temperature.gpu")
-    torch.cuda.synchronize()
-    return state
+def step(model: nn.Module, ids: Tensor, targets: Tensor, window: Tensor) -> tuple:
+    """Forward and backward of a slice, as one: ours computes the head's gradients forward, the twin backward."""
+    events = record(lambda: model(ids, targets, window).backward())
+    model.zero_grad(set_to_none=True)
+    return events
 
 
 def step_memory(model: nn.Module, ids: Tensor, targets: Tensor, window: Tensor) -> dict[str, float]:
@@ -222,204 +186,52 @@ def step_memory(model: nn.Module, ids: Tensor, targets: Tensor, window: Tensor) 
     return {"saved_gb": saved / 1e9, "peak_gb": peak / 1e9}
 
 
-def compare_sides(sides: list[Side], ids: Tensor, targets: Tensor, window_blocks: int) -> dict:
-    """The protocol at one window: warm steps, sustained load, then the rounds; prints a row per side."""
-    window = as_window(window_blocks, ids.device)
-    calls = {side.name: partial(step, side.model, ids, targets, window) for side in sides}
-    warm_up(calls)
-    before = clocks_under(calls[sides[0].name])
-    times = interleave(calls, ROUNDS, BLOCK_STEPS)
-    after = clocks_under(calls[sides[0].name])
-    rows = {}
-    for side in sides:
-        ms = times[side.name]
-        rows[side.name] = {"forward_ms": spread(ms[..., 0]), "backward_ms": spread(ms[..., 1]),
-                           "sum_ms": spread(ms.sum(-1)), **step_memory(side.model, ids, targets, window)}
-        forward_ms, backward_ms, sum_ms, saved_gb, peak_gb = rows[side.name].values()
-        numbers = (forward_ms["median"], backward_ms["median"], *sum_ms.values(), saved_gb, peak_gb)
-        print(f"{window_blocks:6d} {side.name:>9}", *(f"{number:9.2f}" for number in numbers), flush=True)
-    by_round = np.divide(*(np.median(times[side.name].sum(-1), axis=1) for side in sides))
-    ratio = float(np.divide(*(rows[side.name]["sum_ms"]["median"] for side in sides)))
-    print(f"{'':6} {sides[0].name}/{sides[1].name} {ratio:.4f}, by round {by_round.min():.4f} to {by_round.max():.4f}; "
-          f"GPU before: {before}; after: {after}")
-    return {"sides": rows, "ratio": ratio, "ratio_by_round": by_round.tolist(), "gpu_before": before,
-            "gpu_after": after}
+def profile_side(model: nn.Module, ids: Tensor, targets: Tensor, window: Tensor) -> dict[str, tuple[float, float]]:
+    """(calls, ms) a step by kernel, the longest first."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(PROFILED_STEPS):
+            step(model, ids, targets, window)
+        torch.cuda.synchronize()
+    rows = [row for row in profiler.key_averages()
+            if row.device_type == DeviceType.CUDA and not row.is_user_annotation]  # which spans other kernels
+    return {row.key: (row.count / PROFILED_STEPS, row.self_device_time_total / 1e3 / PROFILED_STEPS)
+            for row in sorted(rows, key=lambda row: -row.self_device_time_total)}
 
 
-def emulated_world(size: int, device: torch.device) -> tgm.World:
-    """Rank 0 of `size`, of which the others do not exist: torch's fake process group moves nothing and never waits."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    torch.distributed.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
-    return tgm.World(0, size, device)
-
-
-def optimizer_call(optimizer, grads: list[Tensor], step: int) -> list[torch.cuda.Event]:
-    for p, grad in zip(optimizer.params, grads):
-        p.grad = grad.clone()
-    return record(partial(optimizer.step, step))
-
-
-def time_optimizers(config: tgm.Config, device: torch.device, save: Callable[[dict], None]) -> None:
-    """An inner step of the trainer's optimizer and of the frozen one, on one rank alone and on one of eight.
-
-    The eight are emulated: everything a rank computes, nothing of what travels. GB: states and what a step adds.
-    """
-    compiled, results = partial(torch.compile, dynamic=False, fullgraph=True), {}
-    print(f"{'ranks':>6} {'optimizer':>9}", *(f"{title:>9}" for title in ("ms", "25 %", "75 %", "states", "peak")))
-    for size in (1, 8):
-        world, calls, gigabytes = emulated_world(size, device), {}, {}
-        for name in ("ours", "frozen"):
-            (side,) = make_sides(("ours",), config, device)
-            before = torch.cuda.memory_allocated()
-            optimizer = (tgm.Optimizer(side.model, config, world, compiled) if name == "ours" else
-                         plain_optimizer.Optimizer(side.model, config, world, compiled(plain_optimizer.muon_update)))
-            grads = [0.01 * torch.randn_like(p) for p in optimizer.params]
-            calls[name] = partial(optimizer_call, optimizer, grads, 1)  # an inner step
-            calls[name]()
-            torch.cuda.reset_peak_memory_stats()
-            held = torch.cuda.memory_allocated()
-            calls[name]()
-            grad_bytes = sum(grad.nbytes for grad in grads)
-            gigabytes[name] = {"states_gb": (held - before - grad_bytes) / 1e9,
-                               "peak_gb": (torch.cuda.max_memory_allocated() - held) / 1e9}
-        warm_up(calls)
-        rows = {name: spread(ms) | gigabytes[name] for name, ms in interleave(calls, ROUNDS, BLOCK_STEPS).items()}
-        for name, row in rows.items():
-            print(f"{size:6d} {name:>9}", *(f"{number:9.2f}" for number in row.values()), flush=True)
-        ratio = rows["ours"]["median"] / rows["frozen"]["median"]
-        print(f"{'':6} ours/frozen {ratio:.4f}", flush=True)
-        results[size] = {"optimizers": rows, "ratio": ratio}
-        save({"ranks": results})
-    torch.distributed.destroy_process_group()
-
-
-def run_comparison(names: list[str], windows: list[int], profile: str | None, config: tgm.Config,
-                   device: torch.device, save: Callable[[dict], None]) -> None:
-    """A against B at each window, then the profiles asked for."""
+def compare_sides(names: list[str], windows: list[int], profile: bool, config: tgm.Config, device: torch.device,
+                  save: Save) -> None:
+    """A against B at each window; then, if asked for, their kernels at the first."""
     ids, targets = one_slice(config, device)
     sides = make_sides(names, config, device)
-    for side in sides:
-        tgm.compile_model(side.model, whole=True)
-    print(f"Forward and backward of {config.seq_len:,} tokens, medians and quartiles of their sum in ms, memory in GB "
-          f"above what lies on the card between steps.\nDifferences under {NOISE:.1%} are noise. Compare sums: the "
-          f"trainer computes the head's gradients in its forward pass, the twin in its backward.")
-    print(f"{'window':>6}", *(f"{title:>9}" for title in (
-        "side", "forward", "backward", "sum", "25 %", "75 %", "saved", "peak")))
-    results = {"config": asdict(config), "windows": {}}
+    for model in sides.values():
+        tgm.compile_model(model, whole=True)
     for blocks in windows:
-        results["windows"][blocks] = compare_sides(sides, ids, targets, blocks)
-        save(results)
-    if WINDOW_WEIGHTS.keys() <= set(windows):
-        totals = [sum(weight * results["windows"][w]["sides"][name]["sum_ms"]["median"]
-                      for w, weight in WINDOW_WEIGHTS.items()) for name in names]
-        print(f"{names[0]}/{names[1]}, windows weighted as in the run: {totals[0] / totals[1]:.4f}")
-        save(results | {"weighted_ratio": totals[0] / totals[1]})
-    for side in sides if profile else ():
-        kernels = profile_side(side, ids, targets, windows[0])
-        write_json(f"{profile}.{side.name}.json",
-                   environment() | {"side": side.name, "window": windows[0], "kernels": kernels})
-        print_profile(f"{side.name}, window {windows[0]}", kernels)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Profiles and their difference
-
-def group_of(kernel: str) -> str:
-    return next((group for group, pattern in GROUP_PATTERNS.items() if re.search(pattern, kernel)),
-                "masks and the rest")
-
-
-def tabulate(events: Iterable, num_steps: int, head_rows: int) -> list[dict]:
-    """Kernels by name and group, longest first, from the profiler's events.
-
-    Names do not tell the head's GEMMs from the body's; the operation that launched them does, if it is one of aten's:
-    one of its inputs has the padded vocabulary's length. A GEMM launched by anything else counts to the body.
-    """
-    rows: dict[tuple[str, str], np.ndarray] = defaultdict(lambda: np.zeros(2))
-    for event in events:
-        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:  # annotations span other kernels
-            rows[event.name, group_of(event.name)] += (1, event.time_range.elapsed_us())
-        elif event.name.startswith("aten::") and any(head_rows in shape for shape in event.input_shapes):
-            for kernel in (kernel for kernel in event.kernels if group_of(kernel.name) == BODY):
-                rows[kernel.name, HEAD] += (1, kernel.duration)
-                rows[kernel.name, BODY] -= (1, kernel.duration)
-    return sorted(({"name": name, "group": group, "calls_per_step": calls / num_steps, "us_per_step": us / num_steps}
-                   for (name, group), (calls, us) in rows.items() if calls), key=lambda row: -row["us_per_step"])
-
-
-def profile_side(side: Side, ids: Tensor, targets: Tensor, window_blocks: int) -> list[dict]:
-    window = as_window(window_blocks, ids.device)
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
-        for _ in range(PROFILED_STEPS):
-            step(side.model, ids, targets, window)
-        torch.cuda.synchronize()
-    return tabulate(profiler.events(), PROFILED_STEPS, side.model.lm_head.size(0))
-
-
-def group_totals(kernels: list[dict]) -> dict[str, float]:
-    totals = dict.fromkeys((BODY, HEAD, *GROUP_PATTERNS), 0.0)
-    for row in kernels:
-        totals[row["group"]] += row["us_per_step"]
-    return totals
-
-
-def print_profile(title: str, kernels: list[dict]) -> None:
-    totals = group_totals(kernels)
-    whole = sum(totals.values())
-    print(f"\n{title}: {whole / 1e3:.2f} ms of kernels a step")
-    for group, us in totals.items():
-        print(f"  {group:24} {us / 1e3:9.3f} ms {us / whole:6.1%}")
-    for row in kernels[:20]:
-        print(f"  {row['us_per_step'] / 1e3:9.3f} ms {row['calls_per_step']:6.1f} x  {row['group']:24} {row['name']}")
-
-
-def read_profile(path: str) -> list[dict]:
-    """The kernels of a profile. Raises UserError if it is not there or is no profile."""
-    try:
-        return json.loads(Path(path).read_text())["kernels"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise tgm.UserError(f"{path} is not there or not a profile: make one with --profile.") from error
-
-
-def sum_by_name(kernels: list[dict]) -> dict[tuple[str, str], np.ndarray]:
-    """(calls, us) a step by (group, name) without the number that Inductor puts last, new in every compilation."""
-    sums: dict[tuple[str, str], np.ndarray] = defaultdict(lambda: np.zeros(2))
-    for row in kernels:
-        name = re.sub(r"_\d+$", "", row["name"]) if row["name"].startswith("triton_") else row["name"]
-        sums[row["group"], name] += (row["calls_per_step"], row["us_per_step"])
-    return dict(sums)
-
-
-def diff_profiles(before: list[dict], after: list[dict]) -> list[dict]:
-    """Kernels gained, lost, slower and faster, the largest effect first; changes under the noise are left out."""
-    old, new = sum_by_name(before), sum_by_name(after)
-    threshold = NOISE * sum(us for _, us in old.values())
-    changes = []
-    for key in old.keys() | new.keys():
-        (old_calls, old_us), (new_calls, new_us) = old.get(key, (0, 0)), new.get(key, (0, 0))
-        if key in old and key in new and abs(new_us - old_us) < threshold:
-            continue
-        kind = "gained" if key not in old else "lost" if key not in new else "slower" if new_us > old_us else "faster"
-        changes.append({"kind": kind, "group": key[0], "name": key[1], "us": new_us - old_us,
-                        "calls": f"{old_calls:g} -> {new_calls:g}"})
-    return sorted(changes, key=lambda change: (-abs(change["us"]), change["name"]))
-
-
-def print_diff(before: list[dict], after: list[dict]) -> None:
-    for change in diff_profiles(before, after):
-        print(f"{change['kind']:7} {change['us'] / 1e3:+9.3f} ms, calls {change['calls']:10} {change['group']:24} "
-              f"{change['name']}")
-    print(f"\n{'group':24} {'before':>9} {'after':>9} {'change':>9} ms a step")
-    old, new = ({**totals, "all": sum(totals.values())} for totals in (group_totals(before), group_totals(after)))
-    for group in old:
-        print(f"{group:24} {old[group] / 1e3:9.3f} {new[group] / 1e3:9.3f} {(new[group] - old[group]) / 1e3:+9.3f}")
+        inputs = ids, targets, as_window(blocks, device)
+        rows, says = compare(f"window {blocks}", {
+            name: partial(step, model, *inputs) for name, model in sides.items()})
+        for name, model in sides.items():
+            rows[name] |= step_memory(model, *inputs)
+            show(f"  {name}: GB saved, and peak", rows[name]["saved_gb"], rows[name]["peak_gb"])
+        peaks = " and ".join(f"{row['peak_gb']:.1f}" for row in rows.values())
+        save(f"window {blocks}", rows, f"{says}, ratio {rows[names[1]]['ratio'][0]:.3f}, peaks {peaks} GB")
+    for name, model in sides.items() if profile else ():
+        kernels = profile_side(model, ids, targets, as_window(windows[0], device))
+        for kernel, (calls, ms) in [*kernels.items()][:20]:
+            show(f"{name}: {calls:g} calls", ms, end=kernel)
+        save(f"profile of {name}", kernels, f"{len(kernels)} kernels of {name}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Kernels by themselves
+
+class Case(NamedTuple):
+    """A hand-written operation, its inputs, and what it replaces."""
+    name: str
+    inputs: tuple[Tensor, ...]
+    ours: Callable
+    others: dict[str, Callable]
+
 
 def plain_loss(logits: Tensor, targets: Tensor, softcap: float) -> Tensor:
     z = logits.float()
@@ -430,62 +242,71 @@ def plain_up(x: Tensor, fc: Tensor) -> Tensor:
     return F.relu(F.linear(x, fc)).square()
 
 
-def kernel_cases(config: tgm.Config, device: torch.device) -> Iterator[tuple[str, float, dict[str, Callable]]]:
-    """Unit of the rate, work in that unit times seconds, versions (the hand-written one first), at full size."""
-    T, C, hidden = config.seq_len, config.model_dim, config.mlp_factor * config.model_dim
+def kernel_cases(config: tgm.Config, T: int, device: torch.device) -> Iterator[Case]:
+    """All of them, for T tokens."""
+    C, hidden, vocab_size = config.model_dim, config.mlp_factor * config.model_dim, config.vocab_size
     randn = partial(torch.randn, device=device, dtype=config.dtype)
     compiled = partial(torch.compile, dynamic=False, fullgraph=True)
-    x, dy, fc, proj = randn(T, C), randn(T, C), 0.02 * randn(hidden, C), 0.02 * randn(C, hidden)
-    post = plain_up(x, fc)
-    mlp_tflop = 2 * T * C * hidden / 1e12
-    yield "TFLOP/s", mlp_tflop, {
-        "mlp_up": lambda: tgm.mlp_up(x, fc), "library GEMM alone": lambda: F.linear(x, fc),
-        "GEMM, then relu squared compiled": partial(compiled(plain_up), x, fc)}
-    yield "TFLOP/s", mlp_tflop, {
-        "mlp_down_grad": lambda: tgm.mlp_down_grad(dy, proj, post), "library GEMM alone": lambda: dy @ proj}
+    x, fc, proj = randn(T, C), 0.02 * randn(hidden, C), 0.02 * randn(C, hidden)
+    yield Case("mlp_up", (x, fc), tgm.mlp_up, {
+        "library GEMM alone": F.linear, "GEMM, then relu squared compiled": compiled(plain_up)})
+    yield Case("mlp_down_grad", (randn(T, C), proj, plain_up(x, fc)), tgm.mlp_down_grad, {
+        "library GEMM alone": lambda dy, proj, _: dy @ proj})
 
-    ids, targets = one_slice(config, device)
-    logits = randn(T, -(-config.vocab_size // 128) * 128)
-    leaf, loss = logits.clone().requires_grad_(), compiled(plain_loss)
-    # Overwritten logits are smaller the next time; the work is the same.
-    yield "GB/s", 2 * logits.nbytes / 1e9, {
-        "cross_entropy": lambda: tgm.cross_entropy(logits, targets, config.logit_softcap, True),
-        "compiled plain, both passes": lambda: torch.autograd.grad(loss(leaf, targets, config.logit_softcap), leaf)}
+    ids, targets = (tokens[:T] for tokens in one_slice(config, device))
+    logits, softcap, loss = randn(T, -(-vocab_size // 128) * 128), config.logit_softcap, compiled(plain_loss)
+
+    def plain_gradient(logits: Tensor) -> Tensor:
+        leaf = logits.detach().requires_grad_()
+        return torch.autograd.grad(loss(leaf, targets, softcap), leaf)[0]
+
+    # Ours overwrites the logits by their gradient, which is smaller the next time; the work is the same.
+    yield Case("cross_entropy", (logits,), lambda z: tgm.cross_entropy(z, targets, softcap, True), {
+        "compiled plain, both passes": plain_gradient})
 
     for count in (4, 32):  # the MLP matrices of one rank of eight, and of one alone
         X = randn(count, C, hidden)
         A = X @ X.mT / hidden
-        yield "TFLOP/s", 2 * X.numel() * C / 1e12, {
-            f"symmetric_product, {count} matrices": lambda: tgm.symmetric_product(X, 1.0, 0.0),
-            "library product": lambda: X @ X.mT}
-        yield "TFLOP/s", 2 * A.numel() * C / 1e12, {
-            f"symmetric_product plus x, {count} matrices": lambda: tgm.symmetric_product(A, 1.2, -3.1),
-            "library product plus x": lambda: torch.baddbmm(A, A, A, beta=-3.1, alpha=1.2)}
+        yield Case(f"symmetric_product, {count} matrices", (X,), lambda X: tgm.symmetric_product(X, 1.0, 0.0), {
+            "library product": lambda X: X @ X.mT})
+        yield Case(f"symmetric_product plus x, {count} matrices", (A,), lambda A: tgm.symmetric_product(
+            A, 1.2, -3.1), {"library product plus x": lambda A: torch.baddbmm(A, A, A, beta=-3.1, alpha=1.2)})
 
-    num_tables, vocab_size = 2 + len({layer.value_embed for layer in config.layers} - {None}), config.vocab_size
-    grads = randn(num_tables, T, C)
-    backward = torch.ops.aten.embedding_dense_backward
-    yield "GB/s", (grads.nbytes + num_tables * vocab_size * C * grads.itemsize) / 1e9, {
-        "embedding_grad": lambda: tgm.embedding_grad(grads, ids, vocab_size),
-        "aten, a table at a time": lambda: [backward(grad, ids, vocab_size, -1, False) for grad in grads]}
+    num_tables = 2 + len({layer.value_embed for layer in config.layers} - {None})
+    grads, backward = randn(num_tables, T, C), torch.ops.aten.embedding_dense_backward
+    yield Case("embedding_grad", (grads,), lambda grads: tgm.embedding_grad(grads, ids, vocab_size), {
+        "aten, a table at a time": lambda grads: [backward(grad, ids, vocab_size, -1, False) for grad in grads]})
 
 
-def time_kernels(config: tgm.Config, device: torch.device, save: Callable[[dict], None]) -> None:
+def relative(ours: Tensor, exact: Tensor) -> float:
+    return ((ours.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+def kernel_error(case: Case) -> float:
+    """Of the operation in bf16, on a GPU its kernel, against its plain version in fp32; nan if anything is."""
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = [x.to(dtype, copy=True) for x in case.inputs]
+        results.append((case.ours(*inputs), *inputs))  # which cross_entropy overwrites
+    return np.max([*map(relative, *results)]).item()
+
+
+def time_kernels(config: tgm.Config, device: torch.device, save: Save) -> None:
     """Every hand-written kernel against what it replaces; a GEMM of ours must stay within 6 % of the library's."""
-    results = {}
-    print(f"{'':38}", *(f"{title:>9}" for title in ("ms", "25 %", "75 %", "ours/this", "rate")))
-    for unit, work, functions in kernel_cases(config, device):
-        calls = {name: partial(record, function) for name, function in functions.items()}
-        warm_up(calls)
-        rows = {name: spread(ms) for name, ms in interleave(calls, ROUNDS, BLOCK_STEPS).items()}
-        ours = next(iter(rows))
-        for name, row in rows.items():
-            numbers = (*row.values(), rows[ours]["median"] / row["median"])
-            print(f"{name:38}", *(f"{number:9.3f}" for number in numbers), f"{work / row['median'] * 1e3:9.0f} {unit}",
-                  flush=True)
-        results[ours] = {"unit": unit, "work": work, "versions": rows}
-        save({"kernels": results})
+    cases, wrong = partial(kernel_cases, config, device=device), []
+    for small, case in zip(cases(T=min(config.seq_len, 4096)), cases(T=config.seq_len)):
+        error = kernel_error(small)  # fp32 logits of a whole slice would not fit
+        rows, says = compare(case.name, {name: partial(record, partial(function, *case.inputs))
+                                         for name, function in ({"ours": case.ours} | case.others).items()})
+        show("  relative error", f"{error:.2%}")
+        save(case.name, rows | {"error": error}, f"{says}, error {error:.2%}")
+        wrong += [case.name] * (not error < MARGIN)
+    if wrong:
+        raise tgm.UserError(f"not within {MARGIN:.0%} of fp32: {', '.join(wrong)}")
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# FlexAttention's options
 
 def attention_options() -> Iterator[dict]:
     """Torch's defaults, then one change at a time."""
@@ -505,236 +326,106 @@ def time_attention(options: dict, qkv: tuple[Tensor, ...], dy: Tensor, masks: It
     torch._dynamo.reset()  # every configuration is a recompilation, and eight of them are the limit
     attend, rows = torch.compile(flex_attention, dynamic=False, fullgraph=True), []
     for mask in masks:
-        forward = partial(attend, *qkv, block_mask=mask, scale=scale, kernel_options=options)
-        call = partial(record, forward, lambda y: torch.autograd.grad(y, qkv, dy))
+        def both() -> tuple[Tensor, ...]:
+            y = attend(*qkv, block_mask=mask, scale=scale, kernel_options=options)
+            return y, *torch.autograd.grad(y, qkv, dy)
+
         try:
-            y = forward()
-            if not all(x.isfinite().all() for x in (y, *torch.autograd.grad(y, qkv, dy))):
+            if not all(x.isfinite().all() for x in both()):
                 raise FloatingPointError("attention or a gradient is not finite")
-            interleave({"": call}, rounds=1, block=BLOCK_STEPS)
-            ms = np.median(interleave({"": call}, ROUNDS, BLOCK_STEPS)[""], axis=(0, 1)).tolist()
-            rows.append({"options": options, "forward_ms": ms[0], "backward_ms": ms[1]})
+            ms, = interleave({"": partial(record, both)}, ROUNDS, BLOCK_STEPS).values()
+            rows.append({"options": options, "ms": np.median(ms).item()})
         except Exception as error:  # torch names no common class for what does not fit or does not compile
             failed = f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
-            rows.append({"options": options, "failed": failed})
+            rows.append({"options": options, "ms": math.inf, "failed": failed})
             torch.cuda.synchronize()  # after an illegal access this raises too: no later row could be believed
     return rows
 
 
-def ms_of(row: dict, *phases: str) -> float:
-    """Of these phases, or of both."""
-    return math.inf if "failed" in row else sum(row[f"{phase}_ms"] for phase in phases or ("forward", "backward"))
+def choose(rows: list[dict]) -> tuple[dict, float]:
+    """The best forward's options with the best backward's, as far as they win more than noise on torch's own, the first
+    row; and the ms that both should take."""
+    chosen, untuned = {}, rows[0]["ms"]
+    ms = untuned
+    for prefix in ("fwd_", "bwd_"):
+        best = min((row for row in rows if all(name.startswith(prefix) for name in row["options"])),
+                   key=lambda row: row["ms"])
+        if best["ms"] < (1 - NOISE) * untuned:
+            chosen, ms = chosen | best["options"], ms - untuned + best["ms"]
+    return chosen, ms
 
 
-def best_row(rows: list[dict], *phases: str) -> dict:
-    """The fastest, in these phases or in both; the first, untuned one where it wins no more than noise."""
-    ms = [ms_of(row, *phases) for row in rows]
-    return rows[ms.index(min(ms))] if min(ms) < (1 - NOISE) * ms[0] else rows[0]
-
-
-def best_of_both(rows: list[dict]) -> dict:
-    """The best forward's options with the best backward's."""
-    return {name: value for phase, other in (("forward", "bwd_"), ("backward", "fwd_"))
-            for name, value in best_row(rows, phase)["options"].items() if not name.startswith(other)}
-
-
-def sweep_attention(config: tgm.Config, device: torch.device, save: Callable[[dict], None]) -> None:
-    """FlexAttention's options for a long-window and a short-window call, fastest first."""
+def sweep_attention(config: tgm.Config, device: torch.device, save: Save) -> None:
+    """FlexAttention's options for a long-window and a short-window call."""
     ids, _ = one_slice(config, device)
     masks = tgm.block_masks(ids, tuple(as_window(w, device) for w in SWEPT_WINDOWS.values()), config.doc_token)
     shape = (1, config.seq_len, config.num_heads, config.head_dim)
     *qkv, dy = (torch.randn(shape, device=device, dtype=config.dtype).transpose(1, 2) for _ in range(4))
     qkv = tuple(x.requires_grad_() for x in qkv)
-    swept: list[list[dict]] = [[] for _ in masks]
-
-    def add(options: dict, numbers: Iterable[int]) -> None:
-        for number, row in zip(numbers, time_attention(options, qkv, dy, [masks[i] for i in numbers],
-                                                       config.attention_scale)):
-            swept[number].append(row)
-        save({"attention": {window: {"best": best_row(rows), "candidates": rows}
-                            for window, rows in zip(SWEPT_WINDOWS.values(), swept) if rows}})
-
+    swept: dict[str, list[dict]] = {name: [] for name in SWEPT_WINDOWS}
     for options in attention_options():
-        add(options, range(len(masks)))
-    for number, rows in enumerate(swept):
-        if (chosen := best_of_both(rows)) not in [row["options"] for row in rows]:
-            add(chosen, [number])
-    for window, rows in zip(SWEPT_WINDOWS.values(), swept):
-        print(f"\nwindow {window}: forward, backward, sum in ms")
-        for row in sorted(rows, key=ms_of):
-            times = "".join(f"{ms:8.3f}" for ms in (ms_of(row, "forward"), ms_of(row, "backward"), ms_of(row)))
-            print(f"failed: {row['failed']}" if "failed" in row else times, row["options"] or "defaults", sep="  ")
+        for (name, rows), row in zip(swept.items(), time_attention(options, qkv, dy, masks, config.attention_scale)):
+            rows.append(row)
+            show(name, row["ms"], end=f"{options or 'defaults'} {row.get('failed', '')}")
+            chosen, ms = choose(rows)
+            save(name, {"chosen": chosen, "candidates": rows}, f"window {SWEPT_WINDOWS[name]}: {rows[0]['ms']:.3f} ms, "
+                 f"{ms:.3f} with {chosen}; {sum('failed' in row for row in rows)} configurations fail")
 
 
 def print_choice(path: str) -> None:
-    """The script's two dictionaries, to paste, as the sweep in `path` chooses them. Raises UserError if it is none."""
+    """The script's two dictionaries, to paste, from the newest sweep in a file of --json or of tests/gpu.sh."""
     try:
         content = json.loads(Path(path).read_text())
-        attention = content["stages"]["e"]["result"]["attention"] if "stages" in content else content["attention"]
-        print(f"# by a sweep on {content['gpu']}, torch {content['torch']}")
-        for name, window in SWEPT_WINDOWS.items():
-            best, (untuned, *_) = attention[str(window)]["best"], attention[str(window)]["candidates"]
-            print(f"# window {window}: {ms_of(best):.3f} ms, untuned {ms_of(untuned):.3f}")
-            print(textwrap.fill(f"{name} = {best['options']}", 120, subsequent_indent=" " * (len(name) + 4)))
+        found = [run["result"] for run in content["runs"]] if "runs" in content else [content]
+        results = [results for results in found if SWEPT_WINDOWS.keys() <= results.keys()][-1]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise tgm.UserError(f"{path} holds no sweep: make one with --sweep-attention --json FILE.") from error
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Counts: what a machine without a GPU can say
-
-def attention_tflop(ids: Tensor, window_blocks: int, config: tgm.Config) -> float:
-    """TFLOP of forward and backward over the visible 128 x 128 tiles: 2 products a tile forward, 5 backward."""
-    num_tiles = 0
-    for long_window in (True, False):
-        window = torch.tensor(window_blocks if long_window else window_blocks // config.short_window_divisor)
-        mask = plain_twin.window_block_mask(ids, window, config.doc_token)
-        num_layers = sum(layer.attention and layer.long_window == long_window for layer in config.layers)
-        num_tiles += num_layers * int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum())
-    return num_tiles * 7 * 2 * tgm.BLOCK_SIZE ** 2 * config.model_dim / 1e12
-
-
-def saved_bytes_per_token(model: nn.Module, ids: Tensor, targets: Tensor) -> float:
-    """Bytes that an eager forward keeps for backward, each storage once, per token; not parameters and buffers."""
-    kept = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    storages = {}  # holds them, so that no address is used twice
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in kept and tensor.shape[-2:] != (len(ids), len(ids)):  # a dense mask: only on a CPU
-            storages[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(ids, targets, as_window(2, ids.device))
-    return sum(storage.nbytes() for storage in storages.values()) / len(ids)
-
-
-def print_kernel_specs() -> None:
-    if find_spec("triton") is None:
-        print("Registers and spills of the hand-written kernels are not counted: triton is not installed.")
-        return
-    import kernel_specs  # imports triton
-    print("Hand-written kernels compiled for sm_90 (spills must be 0):")
-    print(f"  {'':40} {'registers':>9} {'shared B':>9} {'warps':>6} {'spilled B, stores':>18} {'loads':>6}")
-    for spec in kernel_specs.compile_kernels():
-        print(f"  {spec.name:40} {spec.registers:9d} {spec.shared_bytes:9d} {spec.num_warps:6d} "
-              f"{spec.spill_store_bytes:18d} {spec.spill_load_bytes:6d}")
-
-
-def print_kernel_bytes() -> None:
-    if not KERNEL_BYTES.exists():
-        print(f"Bytes per kernel: {KERNEL_BYTES} is missing.")
-        return
-    counts = json.loads(KERNEL_BYTES.read_text())
-    print(f"Bytes that kernels move in a slice, GB, counted {counts['date']} with torch {counts['torch']}:")
-    print(f"  {'':24} {'twin':>9} {'fast':>9} {'fast/twin':>9}")
-    for key in ("forward", "backward", "all_but_attention", "saved"):
-        for part in counts["twin"][key] if isinstance(counts["twin"][key], dict) else (None,):
-            twin, fast = (counts[side][key][part] if part else counts[side][key] for side in ("twin", "fast"))
-            ratio = f"{fast / twin:9.2f}" if twin else f"{'-':>9}"
-            print(f"  {f'{key} {part}' if part else key:24} {twin:9.2f} {fast:9.2f} {ratio}")
-
-
-def print_counts(windows: list[int], config: tgm.Config) -> None:
-    print("No CUDA GPU is visible, and times on a CPU mean nothing for this model: here is what can be counted.\n")
-    tflop = gemm_tflop(config)
-    ids, _ = one_slice(config, torch.device("cpu"))
-    body = ", ".join(f"{name} {tflop[name]:.1f}" for name in ("QKV", "O", "MLP"))
-    print(f"TFLOP of forward and backward of {config.seq_len:,} tokens:")
-    print(f"  {BODY:24} {sum(tflop.values()) - tflop['head']:6.1f} ({body})\n  {HEAD:24} {tflop['head']:6.1f}")
-    for blocks in windows:
-        print(f"  {f'attention, window {blocks}':24} {attention_tflop(ids, blocks, config):6.1f} (this slice's tiles)")
-    import helpers  # imports pytest, which no measurement needs
-    small = helpers.small_config(seq_len=512)
-    ids, targets = one_slice(small, torch.device("cpu"))
-    ours, twin = (saved_bytes_per_token(model(small), ids, targets) for model in (tgm.GPT, plain_twin.GPT))
-    print(f"Saved activations, bytes a token: ours {ours:,.0f}, plain twin {twin:,.0f}, ratio {ours / twin:.2f}. This "
-          f"is eager code at width {small.model_dim} with a vocabulary of {small.vocab_size}:\n"
-          f"  compiled code keeps less, so the figures do not scale to the full size (below: saved GB, as compiled).")
-    print_kernel_specs()
-    print_kernel_bytes()
+    print(f"# by a sweep on {results['gpu']}, torch {results['torch']}")
+    for name in SWEPT_WINDOWS:
+        print(textwrap.fill(f"{name} = {results[name]['chosen']}", 120, subsequent_indent=" " * (len(name) + 4)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line
 
-def environment() -> dict[str, str]:
-    import triton
-    return {"date": datetime.now().isoformat(timespec="seconds"), "gpu": torch.cuda.get_device_name(),
-            "torch": torch.__version__, "triton": triton.__version__, "driver": ask_nvidia_smi("driver_version")}
-
-
-def choose(sides: str, windows: str) -> tuple[list[str], list[int]]:
-    """The two sides and the windows that the command line names."""
-    names, known = sides.split(","), [str(blocks) for blocks in range(1, 28)]
-    if len(names) != 2 or names[0] == names[1] or set(names) - set(SIDES):
-        raise tgm.UserError(f"--sides {sides}: give two different names of {', '.join(SIDES)}, with a comma between.")
-    if windows == "all":
-        return names, [*WINDOW_WEIGHTS]
-    if set(windows.split(",")) - set(known):
-        raise tgm.UserError(f"--windows {windows}: give all, or some of 1 to 27 with commas between.")
-    return names, [int(blocks) for blocks in windows.split(",")]
-
-
-def full_size() -> tuple[tgm.Config, torch.device]:
-    """What is timed, and where."""
-    return tgm.Config(), torch.device("cuda")
-
-
-def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+def main(arguments: list[str], config: tgm.Config = tgm.Config(), device: torch.device = torch.device("cuda")) -> None:
+    """Do what the command line says, with this model on this device. UserError for what the user can put right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sides", default="ours,plain", help=f"A,B out of {', '.join(SIDES)} (default: %(default)s)")
-    parser.add_argument("--windows", default="14", help="all, or long windows in blocks, such as 3,14 (default: 14)")
+    parser.add_argument("--sides", nargs=2, choices=SIDES, default=["ours", "plain"])
+    parser.add_argument("--windows", nargs="+", type=int, choices=range(1, 28), default=[14], metavar="BLOCKS",
+                        help="long windows, 1 to 27 blocks")
+    parser.add_argument("--profile", action="store_true", help="the kernels of both sides at the first window")
     parser.add_argument("--json", metavar="FILE", help="also write the results there")
-    parser.add_argument("--profile", metavar="FILE_PREFIX", help="profile each side at the first window")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--kernels", action="store_true", help="time the hand-written kernels by themselves")
-    mode.add_argument("--optimizer", action="store_true", help="time the optimizer's step of one rank, alone and of 8")
-    mode.add_argument("--sweep-attention", action="store_true", help="time FlexAttention's configurations")
+    for flag, measure in {"--kernels": time_kernels, "--sweep-attention": sweep_attention}.items():
+        mode.add_argument(flag, dest="measure", action="store_const", const=measure, help=measure.__doc__)
     mode.add_argument("--choose", metavar="FILE", help="print the options that a sweep's results choose, to paste")
-    mode.add_argument("--diff", nargs=2, metavar=("BEFORE", "AFTER"), help="compare two profiles")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str]) -> None:
-    """Do what the command line says. Raises UserError for what the user can put right."""
-    options = parse_arguments(arguments)
-    if options.diff:
-        print_diff(*(read_profile(path) for path in options.diff))
-        return
+    options = parser.parse_args(arguments)
+    if options.sides[0] == options.sides[1]:
+        parser.error(f"argument --sides: {options.sides[0]} against itself: name two")
+    if options.profile and options.measure:
+        parser.error("argument --profile: it profiles two sides, give it alone or with --sides and --windows")
     if options.choose:
         print_choice(options.choose)
         return
-    names, windows = choose(options.sides, options.windows)
     if not torch.cuda.is_available():
-        for flag in ("json", "profile", "kernels", "optimizer", "sweep_attention"):
-            if getattr(options, flag):
-                raise tgm.UserError(f"--{flag.replace('_', '-')} needs a CUDA GPU and none is visible.")
-        print_counts(windows, tgm.Config())
-        return
-    if options.profile and (options.kernels or options.optimizer or options.sweep_attention):
-        raise tgm.UserError("--profile profiles two sides: give it without --kernels, --optimizer, --sweep-attention.")
-    for path in filter(None, (options.json, options.profile)):
-        if not Path(path).parent.is_dir():  # better now than after the measurement
-            raise tgm.UserError(f"{path} cannot be written: its folder does not exist.")
+        raise tgm.UserError("a measurement needs a CUDA GPU and none is visible.")
+    if options.json and not Path(options.json).parent.is_dir():  # better now than after the measurement
+        raise tgm.UserError(f"{options.json} cannot be written: its folder does not exist.")
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as in a run
-    torch._inductor.config.coordinate_descent_tuning = False  # minutes of compilation, and another result every time
-    (config, device), facts = full_size(), environment()
-    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    torch._inductor.config.coordinate_descent_tuning = False  # minutes of compilation, another result every time
+    facts = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": metadata.version("triton"),
+             "date": datetime.now().isoformat(timespec="seconds")}
+    print(", ".join(facts.values()))
+    results: dict = facts | {"says": {}}
 
-    def save(results: dict) -> None:
+    def save(name: str, found: dict, says: str) -> None:
+        results[name], results["says"][name] = found, says
         if options.json:
-            write_json(options.json, facts | results)
+            write_json(options.json, results)
 
-    if options.kernels:
-        time_kernels(config, device, save)
-    elif options.optimizer:
-        time_optimizers(config, device, save)
-    elif options.sweep_attention:
-        sweep_attention(config, device, save)
-    else:
-        run_comparison(names, windows, options.profile, config, device, save)
+    measure = options.measure or partial(compare_sides, options.sides, options.windows, options.profile)
+    measure(config, device, save)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
     python records/tools/bench/count_bytes.py TOOL      TOOL is a copy of kernel_bytes.py; about 4 minutes, no GPU
 
-TOOL schedules a model for an H100 with TorchInductor, executes nothing, and writes a JSON of what each kernel reads and
-writes. It needs a CUDA build of torch. Attention is left out on both sides. A hand-written kernel counts its inputs and
-outputs once: TOOL sees what our operations read but, in torch 2.11, not what they write. kernel_bytes.json has
-that added; kernel_bytes_twin.txt and kernel_bytes_fast.txt are TOOL's own tables, without it.
+TOOL schedules a model for an H100 with TorchInductor, executes nothing, prints its largest kernels and writes a JSON of
+what each reads and writes. It needs a CUDA build of torch. Attention is left out on both sides. A hand-written kernel
+counts its inputs and outputs once: TOOL sees what our operations read but, in torch 2.11, not what they write, which is
+added here. The sums are kernel_bytes.json.
 """
 import datetime
 import json
@@ -15,10 +15,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
+import torch  # noqa: E402
+
 import train_gpt_medium as tgm  # noqa: E402
 
 BUILD = '''
@@ -72,35 +72,31 @@ def written_bytes() -> dict[str, int]:
             "cross_entropy": 2 * T * len(model.lm_head) + 4 * T, "embedding_grad": model.embeds.nbytes}
 
 
-def count(tool: Path, label: str, side: str) -> dict:
-    """GB per phase and kind of kernel, their sum without attention, and what forward keeps. Writes the table."""
+def count(tool: Path, side: str) -> dict[str, float]:
+    """GB by kind of kernel, their sum without attention, and what the forward pass keeps."""
     with tempfile.TemporaryDirectory() as folder:
         build, out = Path(folder) / "build.py", Path(folder) / "out.json"
         build.write_text(BUILD.format(root=str(ROOT), side=side))
         environment = os.environ | {"PYTHONPATH": f"{folder}:{tool.parent}"}
-        done = subprocess.run([sys.executable, str(tool), str(build), "--top", "60", "--json", str(out)],
-                              env=environment, check=True, stdout=subprocess.PIPE, text=True)
-        replace_file(f"kernel_bytes_{label}.txt", done.stdout)
+        subprocess.run([sys.executable, str(tool), str(build), "--top", "60", "--json", str(out)], env=environment,
+                       check=True)
         counted = json.loads(out.read_text())
-    total = {phase: dict.fromkeys(("fused", "extern", "gemm", "attention"), 0.0) for phase in ("forward", "backward")}
+    total = dict.fromkeys(("fused", "extern", "gemm", "attention"), 0.0)
     for row in counted["rows"]:
-        total["forward" if row["phase"] == "fwd" else "backward"][row["kind"]] += (row["read"] + row["write"]) / 1e9
+        total[row["kind"]] += (row["read"] + row["write"]) / 1e9
     for name, num_bytes in written_bytes().items():
-        rows = [row for row in counted["rows"] if f".{name}." in row["ops"]]
-        if rows:
+        if rows := [row for row in counted["rows"] if f".{name}." in row["ops"]]:
             assert sum(row["write"] for row in rows) == 0, f"{name}: TOOL counts what it writes already"
-            total["forward" if rows[0]["phase"] == "fwd" else "backward"]["extern"] += num_bytes / 1e9
-    no_attention = sum(gb for phase in total.values() for kind, gb in phase.items() if kind != "attention")
-    rounded = {phase: {kind: round(gb, 2) for kind, gb in kinds.items()} for phase, kinds in total.items()}
-    return rounded | {"all_but_attention": round(no_attention, 1), "saved": round(counted["saved"] / 1e9, 1)}
+            total["extern"] += num_bytes / 1e9
+    total |= {"all_but_attention": sum(total.values()) - total["attention"], "saved": counted["saved"] / 1e9}
+    return {name: round(gb, 2) for name, gb in total.items()}
 
 
 if __name__ == "__main__":
     tool = Path(sys.argv[1]).resolve()
     result = {"date": str(datetime.date.today()), "torch": torch.__version__,
-              "unit": "GB of one slice of 65,536 tokens", "twin": count(tool, "twin", "plain_twin"),
-              "fast": count(tool, "fast", "tgm")}
+              "unit": "GB of one slice of 65,536 tokens", "twin": count(tool, "plain_twin"), "fast": count(tool, "tgm")}
     replace_file("kernel_bytes.json", json.dumps(result, indent=1) + "\n")
     for name in ("all_but_attention", "saved"):
-        print(f"{name}: {result['fast'][name]} / {result['twin'][name]} GB = "
-              f"{result['fast'][name] / result['twin'][name]:.3f}")
+        twin, fast = result["twin"][name], result["fast"][name]
+        print(f"{name}: {fast} / {twin} GB = {fast / twin:.3f}")

@@ -9,28 +9,23 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+ROOT = Path(__file__).resolve().parents[3]
+sys.path[:0] = [str(ROOT), str(ROOT / "data" / "preflight")]
+import memory  # noqa: E402
 import train_gpt_medium as tgm  # noqa: E402
 
 
-def plan_optimizer(config: tgm.Run, num_ranks: int) -> tgm.Optimizer:
-    """The Optimizer of rank 0, of meta tensors: they have shapes and dtypes and take no memory."""
-    with torch.device("meta") as meta:
-        return tgm.Optimizer(config.make_model(), config, tgm.World(0, num_ranks, meta))
-
-
 def format_plan(config: tgm.Run, num_ranks: int) -> str:
-    """A line for each bank in the order of sending, then their sum and the number of collectives."""
-    banks = plan_optimizer(config, num_ranks).banks
+    """A line for each bank in the order of sending, their sum, the number of collectives, and banks full of padding."""
+    optimizer = memory.optimizer_of(config, num_ranks)
     lines = [f"{'bank':12} {'dtype':8} {'numbers':>11} {'padding':>9} {'MB':>8}  unit"]
-    for name, bank in banks.items():
+    for name, bank in optimizer.banks.items():
         lines.append(f"{name:12} {str(bank.buffer.dtype).removeprefix('torch.'):8} "
                      f"{len(bank.buffer) - bank.padding:11} {bank.padding:9} {bank.buffer.nbytes / 1e6:8.1f}  "
                      f"{' x '.join(map(str, bank.shard.shape[1:]))}")
-    lines.append(f"{'all':43} {sum(bank.buffer.nbytes for bank in banks.values()) / 1e6:8.1f}")
-    return "\n".join((*lines, f"{2 * len(banks) if num_ranks > 1 else 0} collectives in a step"))
+    lines.append(f"{'all':43} {sum(bank.buffer.nbytes for bank in optimizer.banks.values()) / 1e6:8.1f}")
+    lines.append(f"{2 * len(optimizer.banks) if num_ranks > 1 else 0} collectives in a step")
+    return "\n".join(lines + memory.padded_banks(optimizer))
 
 
 if __name__ == "__main__":
