@@ -1,6 +1,13 @@
 #!/usr/bin/env bash
 # One command from a bare machine to a training run. ./run.sh --help says more.
+[ -n "${BASH_VERSION:-}" ] || { echo "run.sh: this shell is not bash: start it with bash run.sh." >&2; exit 1; }
 set -euo pipefail
+# The caller names paths from the caller's folder.
+for name in DATA_PATH TRAIN_SCRIPT RESUME_FROM; do
+    [[ -z ${!name:-} || ${!name} = /* ]] || export "$name=$PWD/${!name}"
+done
+[[ ${1:-} != --python || -z ${2:-} || $2 = /* ]] || set -- --python "$PWD/$2"
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 usage() {
@@ -16,6 +23,7 @@ Sets up Python, looks at the hardware and trains. It says what it will do first,
 The environment: an active one that satisfies requirements.txt is used as it is; otherwise .venv is made and filled.
 The shards: the preset's folder below data/, or the folder that DATA_PATH names.
 The script: train_gpt_medium.py, or the one that TRAIN_SCRIPT names (an edited copy of it, for comparisons).
+Paths are meant from the folder in which you are.
 
   ./run.sh --check [PRESET]  only look: GPUs, driver, torch, all-reduce, memory, shards, disks, duration
   ./run.sh --python [FILE]   only set up Python (for FILE instead of requirements.txt) and print its interpreter
@@ -56,12 +64,22 @@ set_up_python() {
         "$active" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' ||
             die "$("$active" --version) cannot run the pinned packages: put Python 3.10 to 3.13 first on PATH."
         echo "run.sh: installing $requirements into .venv (once; on a GPU machine this is some GB)" >&2
-        .venv/bin/python -m pip --version >/dev/null 2>&1 || "$active" -m venv --clear .venv >&2 ||
-            die "python3 cannot make a virtual environment: install its venv module (Debian, Ubuntu: apt install python3-venv)."
+        if [ ! -e .venv/bin/python ] && [ ! -L .venv/bin/python ]; then
+            "$active" -m venv .venv >&2 ||
+                die "python3 cannot make a virtual environment: install its venv module (Debian, Ubuntu: apt install python3-venv)."
+        elif ! .venv/bin/python -m pip --version >/dev/null 2>&1; then  # as `uv venv` makes it: what is in it stays
+            .venv/bin/python -m ensurepip >&2 ||
+                die "$PWD/.venv has no pip and cannot be given one: install python3-venv, or move the folder away."
+        fi
         .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements" >&2 ||
             die "installing $requirements failed: see pip's message above; running this again continues."
     fi
     echo "$PWD/.venv/bin/python"
+}
+
+# True if nvidia-smi shows GPUs that CUDA_VISIBLE_DEVICES does not hide.
+sees_gpus() {
+    PYTHONPATH=data/preflight "$1" -c 'import preflight, sys; sys.exit(not preflight.list_gpus())' >/dev/null 2>&1
 }
 
 train_on_cpu() {
@@ -110,7 +128,7 @@ case "${1:-}" in
         python=$(set_up_python requirements.txt)
         gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
         on_cpu=$(case "${1:-}" in tiny | small) echo yes ;; esac)
-        if [ "$gpus" = 0 ] && [ ! "$on_cpu" ] && [ "${CUDA_VISIBLE_DEVICES-0}" ] && nvidia-smi -L >/dev/null 2>&1; then
+        if [ "$gpus" = 0 ] && [ ! "$on_cpu" ] && sees_gpus "$python"; then
             echo "nvidia-smi sees GPUs that torch does not:"
             "$python" data/preflight/preflight.py "${1:-medium}"
         elif [ "$on_cpu" ] || { [ "$gpus" = 0 ] && [ -z "${1:-}" ]; }; then

@@ -1134,6 +1134,11 @@ def open_shard(path: Path, config: Run) -> Shard:
     if (vocab_size, doc_token) != (config.vocab_size, config.doc_token):
         raise UserError(f"{path} holds ids of a vocabulary of {vocab_size} with document id {doc_token}, preset "
                         f"{config.preset} needs {config.vocab_size} and {config.doc_token}: use other shards.")
+    # Nothing vouches for an empty field, and so many tokens are more than one document.
+    many = 2**22
+    if not header[4] and num_tokens > many and doc_token not in np.fromfile(path, "<u2", many, offset=HEADER_BYTES):
+        raise UserError(f"{path} begins with {many:,} tokens and no document id {doc_token}: another tokenizer made "
+                        f"it: use other shards.")
     return Shard(path, num_tokens)
 
 
@@ -1621,10 +1626,28 @@ def train(model: nn.Module, optimizer: Optimizer, loader: TrainLoader, val_shard
 # ----------------------------------------------------------------------------------------------------------------------
 # Start and end
 
+def read_launcher() -> list[int]:
+    """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE of torchrun, or of one process without it. Raises UserError."""
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    found = {name: os.environ.get(name, default) for name, default in defaults.items()}
+    wrong = [f"{name} is {value or 'empty'}, no number" for name, value in found.items() if not value.isdecimal()]
+    if "WORLD_SIZE" not in os.environ:  # each process of srun or mpirun would train alone
+        others = (("SLURM_NTASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+                  ("PMI_SIZE", "PMI_RANK"))
+        wrong += [f"{name} is {os.environ[name]} and WORLD_SIZE is missing" for name, rank in others
+                  if rank in os.environ and os.environ.get(name, "1") != "1"]
+    elif found["WORLD_SIZE"] != "1":
+        wrong += [f"{name} is missing" for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if not wrong and int(found["RANK"]) >= int(found["WORLD_SIZE"]):
+        wrong = [f"RANK is {found['RANK']} and WORLD_SIZE {found['WORLD_SIZE']}"]
+    if wrong:
+        raise UserError(f"{wrong[0]}: start with torchrun, or unset what another launcher has set.")
+    return [int(value) for value in found.values()]
+
+
 def find_world(config: Run) -> World:
     """This process's place among those that torchrun started (one, without it). Raises UserError if it cannot work."""
-    defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-    rank, size, local_rank, local_size = (int(os.environ.get(name, default)) for name, default in defaults.items())
+    rank, size, local_rank, local_size = read_launcher()
     uneven = [n for row in config.stages if (n := row.num_slices * config.seq_len // config.piece_len) % size]
     if uneven:
         raise UserError(f"{size} processes cannot share {uneven[0]} pieces equally: start fewer or cut micro_seq_len.")
@@ -1700,15 +1723,26 @@ def compile_progress(world: World) -> Iterator[None]:
     callback_handler.remove_start_callback(announce)
 
 
+def ask_nvidia_smi(limit_s: float = 20) -> str:
+    """nvidia-smi's table, or why there is none."""
+    try:
+        process = subprocess.Popen(["nvidia-smi"], stdout=subprocess.PIPE, text=True, errors="replace")
+        return process.communicate(timeout=limit_s)[0]
+    except OSError:
+        return "no nvidia-smi"
+    except subprocess.TimeoutExpired:
+        process.kill()  # and not waited for: a driver that hangs holds it
+        return "nvidia-smi did not answer"
+
+
 def describe_run(config: Run, train_shards: list[Shard], seed: int, world: World) -> str:
     """Versions, hardware, every constant, data and seed, for the head of the log."""
-    nvidia_smi = subprocess.run("nvidia-smi || echo no nvidia-smi", shell=True, capture_output=True, text=True).stdout
     note = " (SYNTHETIC tokens: losses mean nothing)" if train_shards[0].path.name.startswith("synthetic") else ""
     return "\n".join((
         f"Running Python {sys.version}",
         f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}",
         f"on {world.size} x {device_name(world.device)}",
-        nvidia_smi,
+        ask_nvidia_smi(),
         *(f"{item.name} = {getattr(config, item.name)!r}" for item in fields(config)),
         f"seed drawn or given: {seed}",
         f"training shards: {train_shards[0].path} to {train_shards[-1].path}{note}",
@@ -1793,8 +1827,12 @@ def choose_config(presets: dict[str, Callable[[], Run]], arguments: list[str]) -
 
 def start(presets: dict[str, Callable[[], Run]]) -> None:
     """A recipe's command line: train the preset that it names. Exits with status 1 and one sentence on a UserError."""
+    sys.stdout.reconfigure(errors="replace")  # for a terminal that cannot show a letter of a path
     try:
         main(choose_config(presets, sys.argv[1:]), resume_from=os.environ.get("RESUME_FROM"))
+    except dist.DistNetworkError as error:
+        reason = str(error).splitlines()[0]
+        sys.exit(f"error: the ranks cannot meet ({reason}): start with torchrun, or mend MASTER_ADDR or MASTER_PORT.")
     except UserError as error:
         said_before = 0
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's store counts the ranks that say it

@@ -15,11 +15,14 @@ import sys
 import time
 from pathlib import Path
 
-from fetch import add_get
-from generate import NUM_SHARDS, SHARD_TOKENS, VAL_TOKENS, make_synthetic, make_text
-from own_text import add_make
-from shard_format import ShardError
-from verify import add_verify
+try:
+    from fetch import add_get
+    from generate import NUM_SHARDS, SHARD_TOKENS, VAL_TOKENS, make_synthetic, make_text
+    from own_text import add_make
+    from shard_format import ShardError
+    from verify import add_verify
+except ModuleNotFoundError as error:
+    sys.exit(f"shards.py: {error.name} is not installed: pip install -r requirements.txt")
 
 HERE = Path(__file__).resolve().parent
 
@@ -61,6 +64,7 @@ def describe(error, folder):
 
 def main(argv=None):
     """Run one command; where it cannot be done, exit with status 1 and one sentence on stderr."""
+    sys.stdout.reconfigure(errors="replace")  # for a terminal that cannot show a letter of a path
     args = parse(argv)
     start = time.perf_counter()
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fetch import CHUNK_BYTES, is_unchanged, load_trainer, open_bar, read_manifest
-from shard_format import HEADER_INTS, Damage, ShardError, read_header
+from shard_format import HEADER_INTS, PUBLISHED_DOC_ID, Damage, ShardError, read_header
 
 NAME = re.compile(r"(.+)_(train|val)_(\d{6})\.bin")
 BAR_DELAY_S = 2
@@ -79,6 +79,10 @@ def find_problems(rows):
     """Sentences, each with a way out, on all that is wrong with the shards and with the set that they make."""
     problems = [f"{row['name']} is damaged: {row['problem']}; fetch (shards.py get) or make it again"
                 for row in rows if row["problem"]]
+    # Of a header that leaves the id open, as published shards do, or names theirs: their documents are never so long.
+    problems += [f"{row['name']} holds no document id {PUBLISHED_DOC_ID}: another tokenizer made it; use other shards, "
+                 f"or make them again with its vocabulary" for row in rows
+                 if row["documents"] == 0 and row["doc_id"] == PUBLISHED_DOC_ID]
     numbers = {}
     for row in rows:
         prefix, split, number = NAME.fullmatch(row["name"]).groups()

@@ -14,17 +14,20 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))
-import campaign
-import check
-import compare
-import follow
-import new
-import power
-import report
-import serve
-from inference import ALPHA, POOLED_SIGMA, POWER, TARGET
-from run_log import RecordError
-from tables import format_json
+try:
+    import campaign
+    import check
+    import compare
+    import follow
+    import new
+    import power
+    import report
+    import serve
+    from inference import ALPHA, POOLED_SIGMA, POWER, TARGET
+    from run_log import RecordError
+    from tables import format_json
+except ModuleNotFoundError as error:
+    sys.exit(f"records.py: {error.name} is not installed: pip install -r records/tools/requirements.txt")
 
 
 def add_command(commands, name: str, run, help: str) -> argparse.ArgumentParser:
@@ -125,6 +128,7 @@ def add_planning_commands(commands) -> None:
 
 def main(argv=None) -> int:
     """Run one command; where it cannot be done, exit with status 2 and one sentence on stderr."""
+    sys.stdout.reconfigure(errors="replace")  # for a terminal that cannot show a letter of a path
     args = parse(argv)
     try:
         status = args.run(args) or 0
@@ -135,6 +139,10 @@ def main(argv=None) -> int:
         return 0
     except RecordError as error:
         print(f"records.py: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"records.py: {error.filename2 or error.filename or 'a file'}: {error.strerror or error}: name another "
+              f"place, or make this one readable, writable and large enough.", file=sys.stderr)
         return 2
 
 

@@ -117,10 +117,14 @@ def write_text_folder(folder: Path, config: tgm.Config, seed: int = 0) -> tgm.Co
     return tgm.replace(config, data_dir=str(folder))
 
 
+# What launchers set in a process of theirs.
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+
+
 def enter(folder: Path, patch: pytest.MonkeyPatch) -> None:
     """Runs are a CPU's in `folder`, on any machine."""
     patch.setattr(torch.cuda, "is_available", lambda: False)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "DATA_PATH"):
+    for name in (*LAUNCHED, "DATA_PATH"):
         patch.delenv(name, raising=False)
     patch.chdir(folder)
 
@@ -168,7 +172,7 @@ def run_ranks(size: int, function, *args, folder: Path) -> list:
 
 def environment(**changes) -> dict[str, str]:
     """Of a process that a user starts: without GPUs, without what this process was told of ranks and data."""
-    removed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "DATA_PATH", "PYTEST_CURRENT_TEST")
+    removed = (*LAUNCHED, "DATA_PATH", "PYTEST_CURRENT_TEST")
     clean = {name: value for name, value in os.environ.items() if name not in removed}
     # The interpreter of the tests is the active environment that run.sh finds first.
     return clean | {"PATH": f"{os.path.dirname(sys.executable)}:{clean['PATH']}", "CUDA_VISIBLE_DEVICES": ""} | changes

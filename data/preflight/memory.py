@@ -6,7 +6,7 @@ A step and a validation pass run on meta tensors, which have a size and no memor
 lives. So another model, rule or table is counted as it is, or the count fails. README.md beside this file says what is
 counted and what is assumed.
 """
-import importlib
+import importlib.util
 import os
 import sys
 import weakref
@@ -75,9 +75,13 @@ class Sent:
 
 def load_script() -> ModuleType:
     """The training script: the one that TRAIN_SCRIPT names, as run.sh runs it, or train_gpt_medium.py."""
-    path = ROOT / (os.environ.get("TRAIN_SCRIPT") or "train_gpt_medium.py")
+    path = Path(os.environ.get("TRAIN_SCRIPT") or ROOT / "train_gpt_medium.py").resolve()
     sys.path[:0] = [str(path.parent), str(ROOT)]
-    return importlib.import_module(path.stem)
+    if path.stem not in sys.modules:  # by its path: its name may hold a point
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[path.stem])
+    return sys.modules[path.stem]
 
 
 def machine_of(config) -> ModuleType:

@@ -7,6 +7,7 @@ The script that TRAIN_SCRIPT names is looked at, as run.sh runs it, or train_gpt
 """
 import importlib.util
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -20,6 +21,8 @@ from typing import NamedTuple
 # Oldest Linux driver for each major version of CUDA (NVIDIA's table of minor-version compatibility).
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 ALL_REDUCE_LIMIT_S = 30
+START_LIMIT_S = 600  # of Python and torch in all ranks: minutes on a cold network disk
+SMI_LIMIT_S = 20
 RECORD_SECONDS, RECORD_TOKENS = 1374.7, 5535 * 524288  # 8xH100, records/2025-11-02_SmearMTP
 CPU_PRESETS = ("tiny", "small")
 CPU_SECONDS_PER_TOKEN = 150 / (64 * 4096)  # tiny on 2 CPU cores, from shards to summary
@@ -35,27 +38,66 @@ class Line(NamedTuple):
 
 
 class Gpu(NamedTuple):
+    """As nvidia-smi describes it. Memory is None and the capability empty where it does not tell."""
     name: str
-    total_mib: int
-    free_mib: int
+    total_mib: int | None
+    free_mib: int | None
     driver: str
     capability: str
 
 
-def list_gpus() -> list[Gpu]:
-    """What nvidia-smi reports, limited to CUDA_VISIBLE_DEVICES if that is a list of numbers; empty without it."""
+class NoAnswer(Exception):
+    """nvidia-smi is there and does not say whether there are GPUs: a clause that says why."""
+
+
+def ask_nvidia_smi(fields: str) -> str:
+    """Its answer on `fields`, or what it says instead; empty without it. Raises NoAnswer if it hangs."""
     try:
-        output = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name,memory.total,memory.free,driver_version,compute_cap",
-             "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
+        process = subprocess.Popen(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"],
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        return process.communicate(timeout=SMI_LIMIT_S)[0]
+    except OSError:
+        return ""
+    except subprocess.TimeoutExpired:
+        process.kill()  # and not waited for: a driver that hangs holds it
+        raise NoAnswer(f"nvidia-smi did not answer within {SMI_LIMIT_S} s: restart the node")
+
+
+def parse_gpu(line: str) -> Gpu | None:
+    """A line of nvidia-smi's answer, with or without the capability; None if it is something else."""
+    match = re.fullmatch(r"([^,]+), ([^,]+), ([^,]+), (\d+[\d.]*)(?:, ([^,]+))?", line.strip())
+    if match is None:
+        return None
+    total, free = (int(text) if text.isdigit() else None for text in match.group(2, 3))
+    return Gpu(match[1], total, free, match[4], match[5] or "")
+
+
+def list_gpus() -> list[Gpu]:
+    """The GPUs that nvidia-smi reports and CUDA_VISIBLE_DEVICES shows. Raises NoAnswer if it says something else."""
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shown is not None and not re.match(r"\s*(\d|GPU-|MIG-)", shown):
+        return []  # as CUDA reads it: "", -1, NoDevFiles
+    fields = "name,memory.total,memory.free,driver_version"
+    for asked in (f"{fields},compute_cap", fields):  # old drivers do not know the last
+        output = ask_nvidia_smi(asked)
+        if gpus := list(filter(None, map(parse_gpu, output.splitlines()))):
+            return gpus if shown is None else visible(gpus, shown)
+    if output.strip() and "No devices" not in output:
+        raise NoAnswer(f"nvidia-smi does not list GPUs but says {output.strip().splitlines()[0]!r}: mend the driver")
+    return []
+
+
+def visible(gpus: list[Gpu], shown: str) -> list[Gpu]:
+    """As CUDA reads the setting: up to the first part that names no GPU, and none where one is named twice."""
+    names: list[str] = []
+    for name in map(str.strip, shown.split(",")):
+        if not (name.startswith(("GPU-", "MIG-")) or name.isdigit() and int(name) < len(gpus)):
+            break
+        names.append(name)
+    if len(set(names)) < len(names):
         return []
-    fields = [[field.strip() for field in line.split(",")] for line in output.splitlines()]
-    gpus = [Gpu(name, int(total), int(free), driver, capability) for name, total, free, driver, capability in fields]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and all(part.strip().isdigit() for part in visible.split(",") if part):
-        gpus = [gpus[int(part)] for part in visible.split(",") if part and int(part) < len(gpus)]
-    return gpus
+    # Which of them a UUID means, and what a part of one holds, is not asked.
+    return [gpus[int(name)] if name.isdigit() else gpus[0]._replace(total_mib=None, free_mib=None) for name in names]
 
 
 def ranks_on(gpus: list[Gpu]) -> int:
@@ -69,19 +111,23 @@ def check_gpus(gpus: list[Gpu], preset: str) -> Line:
             return Line("ok", "GPUs", f"none; {preset} runs on the CPU")
         return Line("error", "GPUs", f"nvidia-smi shows none and preset {preset} needs one: rent a GPU, or run tiny")
     names = ", ".join(sorted({gpu.name for gpu in gpus}))
-    text = f"{len(gpus)} x {names}, {ranks_on(gpus)} of them used"
+    text = f"{len(gpus)} x {names}" + ("" if preset in CPU_PRESETS else f", {ranks_on(gpus)} of them used")
+    if any(gpu.free_mib is None for gpu in gpus):
+        text += "; nvidia-smi does not tell their memory"
     if any(gpu.capability != "9.0" for gpu in gpus):
-        return Line("warning", "GPUs", f"{text}; not all Hopper, for which this is tuned: expect a slower run")
-    return Line("ok", "GPUs", text)
+        text += "; not all Hopper, for which this is tuned: expect a slower run"
+    return Line("warning" if ";" in text else "ok", "GPUs", text)
 
 
 def check_driver(gpus: list[Gpu], torch_version: str, cuda: str | None) -> Line:
     """The driver's branch against the CUDA that torch was built for."""
     if not gpus:
         return Line("ok", "driver", "no GPU, none needed")
+    branch, needed = int(gpus[0].driver.split(".")[0]), OLDEST_DRIVER[int((cuda or "13").split(".")[0])]
     if cuda is None:
-        return Line("error", "driver", f"torch {torch_version} is a CPU build: install the pinned one in a new .venv")
-    branch, needed = int(gpus[0].driver.split(".")[0]), OLDEST_DRIVER[int(cuda.split(".")[0])]
+        old = f"; driver {gpus[0].driver} is too old for it: update that to {needed}" if branch < needed else ""
+        return Line("error", "driver", f"torch {torch_version} is a CPU build: install the pinned one in a new .venv"
+                                       + old)
     if branch >= needed:
         return Line("ok", "driver", f"{gpus[0].driver}, torch needs {needed} or newer for CUDA {cuda}")
     fitting = [major for major, oldest in OLDEST_DRIVER.items() if oldest <= branch]
@@ -125,16 +171,18 @@ def check_memory(gpus: list[Gpu], config) -> Line:
         return Line("warning", "memory", "no GPU whose memory could be compared")
     import memory  # with torch, which may not load
     ranks = ranks_on(gpus)
-    fullest = min(gpus[:ranks], key=lambda gpu: gpu.free_mib)  # torchrun takes the first ones
-    free, total = fullest.free_mib * 2**20, min(gpu.total_mib for gpu in gpus[:ranks]) * 2**20
     unshared = [number for number in memory.pieces(config) if number % ranks]
     if unshared:
         return Line("error", "memory", f"{ranks} GPUs cannot share {unshared[0]} pieces of a batch equally: "
                                        f"make more of them by a smaller micro_seq_len")
     try:
         needed = memory.needed(config, ranks)
-        text = (f"about {needed / 2**30:.0f} GiB a GPU needed (estimated) with micro_seq_len {config.piece_len:,}, "
-                f"{free / 2**30:.0f} GiB free at least")
+        text = f"about {needed / 2**30:.0f} GiB a GPU needed (estimated) with micro_seq_len {config.piece_len:,}"
+        used = gpus[:ranks]  # torchrun takes the first ones
+        if any(None in (gpu.total_mib, gpu.free_mib) for gpu in used):
+            return Line("warning", "memory", f"{text}; what is there is unknown")
+        free, total = (min(getattr(gpu, name) for gpu in used) * 2**20 for name in ("free_mib", "total_mib"))
+        text += f", {free / 2**30:.0f} GiB free at least"
         if needed <= free:
             return Line("ok", "memory", text)
         if needed <= total:
@@ -176,7 +224,7 @@ def check_disk(config, num_shards: int) -> list[Line]:
     """Room for the shards that are still to come, for the log, and for checkpoints if they are on."""
     lines: list[Line] = []
     present = len(list(Path(config.data_dir).glob("*.bin")))
-    wanted = 4 * 2**20 if config.preset in CPU_PRESETS else max(num_shards + 1 - present, 0) * SHARD_BYTES
+    wanted = max(num_shards + 1 - present, 0) * (2**21 if config.preset in CPU_PRESETS else SHARD_BYTES)
     subjects = [("data disk", config.data_dir, wanted), ("log disk", "logs", LOG_BYTES)]
     if config.checkpoint_every or config.checkpoint_minutes:
         import memory  # with torch, which may not load
@@ -189,7 +237,7 @@ def check_disk(config, num_shards: int) -> list[Line]:
         existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
         free = shutil.disk_usage(existing).free
         text = f"{free / 2**30:.1f} GiB free at {existing}, {needed / 2**30:.1f} GiB still needed"
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
+        if not existing.is_dir() or needed and not os.access(existing, os.W_OK):
             lines.append(Line("error", subject, f"{existing} is no folder that can be written to: choose another one"))
         elif free < needed:
             way_out = "free some, or set DATA_PATH to another disk" if subject == "data disk" else "free some"
@@ -197,6 +245,13 @@ def check_disk(config, num_shards: int) -> list[Line]:
         else:
             lines.append(Line("ok", subject, text))
     return lines
+
+
+def start_rank(started, trial, *arguments) -> None:
+    """What a process of the trial does: says that Python and torch have started, then tries."""
+    import torch.distributed  # noqa: F401
+    started.release()
+    trial(*arguments)
 
 
 def all_reduce_rank(rank: int, size: int, port: int, on_gpu: bool) -> None:
@@ -209,12 +264,13 @@ def all_reduce_rank(rank: int, size: int, port: int, on_gpu: bool) -> None:
     dist.init_process_group("nccl" if on_gpu else "gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     total = torch.full((2**20,), float(rank + 1), device=device)
     dist.all_reduce(total)
-    assert total.min() == total.max() == size * (size + 1) / 2
+    if not (total == size * (size + 1) / 2).all():
+        sys.exit(f"rank {rank}: the sum of 1 to {size} came as {total.min():g} to {total.max():g}")
     dist.destroy_process_group()
 
 
 def check_all_reduce(size: int, on_gpu: bool, limit_s: float = ALL_REDUCE_LIMIT_S, trial=all_reduce_rank) -> Line:
-    """An all-reduce over as many processes as the run will have; all are ended at the limit."""
+    """An all-reduce over as many processes as the run will have; all are ended limit_s after the last has started."""
     import torch.multiprocessing as mp
     if size == 1:
         return Line("ok", "all-reduce", "one process, none needed")
@@ -222,13 +278,17 @@ def check_all_reduce(size: int, on_gpu: bool, limit_s: float = ALL_REDUCE_LIMIT_
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = mp.get_context("spawn")
-    ranks = [context.Process(target=trial, args=(rank, size, port, on_gpu), daemon=True) for rank in range(size)]
-    start = time.monotonic()
+    started = context.Semaphore(0)
+    ranks = [context.Process(target=start_rank, args=(started, trial, rank, size, port, on_gpu), daemon=True)
+             for rank in range(size)]
     for process in ranks:
         process.start()
-    while any(process.is_alive() for process in ranks) and time.monotonic() - start < limit_s:
+    begin, limit, all_started = time.monotonic(), START_LIMIT_S, False
+    while any(process.is_alive() for process in ranks) and time.monotonic() - begin < limit:
         if any(process.exitcode for process in ranks):
             break
+        if not all_started and started.get_value() == size:
+            begin, limit, all_started = time.monotonic(), limit_s, True
         time.sleep(0.05)
     hung = [rank for rank, process in enumerate(ranks) if process.is_alive()]
     failed = [rank for rank, process in enumerate(ranks) if process.exitcode]
@@ -237,6 +297,9 @@ def check_all_reduce(size: int, on_gpu: bool, limit_s: float = ALL_REDUCE_LIMIT_
     backend = "nccl" if on_gpu else "gloo"
     if failed:
         return Line("error", "all-reduce", f"rank {failed[0]} of {size} failed over {backend}: its message is above")
+    if hung and not all_started:
+        return Line("error", "all-reduce", f"Python and torch took longer than {START_LIMIT_S} s to start in {size} "
+                                           f"ranks: try again, or put the environment on a faster disk")
     if hung:
         return Line("error", "all-reduce", f"ranks {hung} of {size} hung over {backend} for {limit_s:.0f} s: look with "
                                            f"NCCL_DEBUG=INFO; if GPUs cannot reach each other, take another node")
@@ -255,12 +318,17 @@ def check_duration(gpus: list[Gpu], config) -> Line:
 
 def report(preset: str) -> list[Line]:
     """All lines for a preset; a torch or a script that does not load ends the report with its own line."""
-    gpus = list_gpus()
+    try:
+        gpus, gpu_line = list_gpus(), None
+    except NoAnswer as error:
+        gpus, gpu_line = [], Line("warning" if preset in CPU_PRESETS else "error", "GPUs", str(error))
+    gpu_line = gpu_line or check_gpus(gpus, preset)
     try:
         import torch
     except Exception as error:  # a broken torch raises more than ImportError
-        broken = Line("error", "torch", f"does not load ({error}): delete .venv and run ./run.sh")
-        return [check_gpus(gpus, preset), broken]
+        return [gpu_line, Line("error", "torch", f"does not load ({error}): delete .venv and run ./run.sh")]
+    if preset in CPU_PRESETS and not torch.cuda.is_available():
+        gpus = []  # which it does without
     try:
         import memory
         script = memory.load_script()
@@ -268,23 +336,28 @@ def report(preset: str) -> list[Line]:
         config = machine.choose_config(script.PRESETS, [preset])
         num_shards = machine.shards_needed(config, [])
     except Exception as error:  # its constants are made to be edited
-        return [check_gpus(gpus, preset), Line("error", "script", f"cannot be used: {error}")]
+        return [gpu_line, Line("error", "script", f"cannot be used: {error}")]
+    shards_line = check_shards(config, machine.UserError, machine.find_shards)
     on_gpu = bool(gpus) and torch.cuda.is_available() and preset not in CPU_PRESETS
     return [
-        check_gpus(gpus, preset),
+        gpu_line,
         check_driver(gpus, torch.__version__, torch.version.cuda),
         check_torch(gpus, torch),
         check_all_reduce(ranks_on(gpus) if on_gpu else 1, on_gpu),
         check_memory(gpus, config),
         *check_padding(gpus, config),
-        check_shards(config, machine.UserError, machine.find_shards),
-        *check_disk(config, num_shards),
+        shards_line,
+        *check_disk(config, 0 if shards_line.status == "ok" else num_shards),
         check_duration(gpus, config),
     ]
 
 
 def main() -> None:
-    preset = sys.argv[1] if len(sys.argv) > 1 else "medium" if list_gpus() else "tiny"
+    sys.stdout.reconfigure(errors="replace")  # for a terminal that cannot show a letter of a path
+    try:
+        preset = sys.argv[1] if len(sys.argv) > 1 else "medium" if list_gpus() else "tiny"
+    except NoAnswer:
+        preset = "medium"
     print(f"checking this machine for the preset {preset}")
     lines = report(preset)
     for line in lines:

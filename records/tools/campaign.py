@@ -145,8 +145,9 @@ def run_once(script: Path, side: str, number: int, preset: str, launcher: Path) 
     console: list[str] = []
     # A copied recipe may import the trainer, which is not copied with it.
     path = os.pathsep.join([str(launcher.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    data = {"DATA_PATH": os.path.abspath(os.environ["DATA_PATH"])} if os.environ.get("DATA_PATH") else {}
     process = subprocess.Popen([str(launcher), preset], cwd=launcher.parent, text=True,
-                               env=os.environ | {"TRAIN_SCRIPT": str(script), "PYTHONPATH": path},
+                               env=os.environ | data | {"TRAIN_SCRIPT": str(script), "PYTHONPATH": path},
                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                errors="replace")
     fault = ""
@@ -179,7 +180,7 @@ def fault_of(log: Path | None) -> str:
         run = read_log(log)
     except RecordError as error:
         return str(error)
-    return "" if run.finished else f"ends at step {run.last_step} of {run.num_iterations}"
+    return "" if run.finished else run.ending
 
 
 def campaign(a: str, b: str, num_runs: int, preset: str, out: Path, as_json: bool, launcher: Path = LAUNCHER) -> int:

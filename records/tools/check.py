@@ -14,13 +14,15 @@ import numpy as np
 
 import readme_figures as figures
 from inference import ALPHA, POOLED_SIGMA, POWER, TARGET, TargetTest, against_target, format_p, runs_needed, welch
-from run_log import NoSteps, RecordError, Run, find_logs, read_log, read_published
+from run_log import LOG_SUFFIX, RUN_ID, NoSteps, RecordError, Run, Validation, find_logs, read_log, read_published, walk
 from tables import format_json, format_table
 
 NUM_GPUS = 8
 VAL_TOKENS = 10_485_760
-BASELINE = re.compile(r"(base|prev|old|control|before)", re.I)
-FAILED = re.compile(r"(fail|crash|abort|unfinished|partial)", re.I)
+# Words that name a role: at the beginning of a folder's name, or alone, with numbers and the like, in a file's.
+FAILED = r"(?i:fail(ed|ures?)?|crash(ed|es)?|abort(ed)?|unfinished|partial(?=[\W\d_]*(runs?|logs?)?[\W\d_]*$))(?![a-z])"
+BASELINE = r"(?i:base(lines?)?|prev(ious)?|old|control|before)(?![a-z])"
+NUMBERED = r"(?i:[\W\d_]|runs?|logs?|seeds?|[0-9a-f]{8,})*"
 ALLOWED_COMPILE_FLAGS = {"coordinate_descent_tuning"}  # allowed on the medium track, banned on the short one
 FORBIDDEN_COMPILE_ARGUMENTS = ("mode", "options", "backend")
 # Packages that a log need not contain: a requirements file can name them.
@@ -103,8 +105,9 @@ def rule(id: str, severity: str, why: str, origin: str, on_figures: bool = False
 def role_of(log: Path, folder: Path) -> str:
     """`record`, `baseline`, `failed`, or the name of another folder that the log lies in."""
     parts = log.relative_to(folder).parts
-    for pattern, role in ((FAILED, "failed"), (BASELINE, "baseline")):
-        if any(pattern.match(part) for part in parts):
+    for words, role in ((FAILED, "failed"), (BASELINE, "baseline")):
+        in_file = re.fullmatch(words + NUMBERED, LOG_SUFFIX.sub("", parts[-1]))
+        if in_file or any(re.match(words, part) for part in parts[:-1]):
             return role
     return parts[0] if len(parts) > 1 and parts[0].lower() not in ("log", "logs", "run", "runs") else "record"
 
@@ -115,7 +118,7 @@ def read_folder(path: Path) -> Folder:
         raise RecordError(f"{path} is not a folder: name a record's folder.")
     readmes = sorted(file for file in path.iterdir() if file.name.lower() in ("readme.md", "readme.txt", "readme"))
     folder = Folder(path, readmes[0].read_text(encoding="utf-8", errors="replace").strip() if readmes else "")
-    folder.scripts = sorted(path.rglob("*.py"))
+    folder.scripts = sorted(file for file in walk(path) if file.suffix == ".py")
     roles: dict[str, list[Run]] = {}
     for log in find_logs(path):
         try:
@@ -175,8 +178,7 @@ def all_readable(folder, limits):
 @rule("finished", "error", "A run without a final loss cannot count, and leaving it out would choose among runs; "
       "keep crashed ones in failed/.", "records/README.md, rule 7")
 def all_finished(folder, limits):
-    problems = [f"{name_of(run)} ends at step {run.last_step} of {run.num_iterations}"
-                for run in folder.record + folder.baseline if not run.finished]
+    problems = [f"{name_of(run)} {run.ending}" for run in folder.record + folder.baseline if not run.finished]
     return problems + [f"{name_of(run)} ends with loss {run.final_loss}" for run in folder.record + folder.baseline
                        if run.finished and not math.isfinite(run.final_loss)]
 
@@ -197,7 +199,7 @@ def no_run_twice(folder, limits):
                      if math.isfinite(run.train_seconds))
     problems = [f"loss {loss} after {seconds} s occurs {count} times" for (loss, seconds), count in finals.items()
                 if count > 1]
-    ids = Counter() if folder.published else Counter(run.name for run in runs)
+    ids = Counter(run.name for run in runs if RUN_ID.fullmatch(run.name))  # other names may be those of several runs
     return problems + [f"run id {id} occurs {count} times" for id, count in ids.items() if count > 1]
 
 
@@ -428,7 +430,9 @@ def scripts_are_those_of_the_logs(folder, limits):
     for path in folder.scripts:
         text = path.read_text(encoding="utf-8", errors="replace")
         stripped = "\n".join(line.rstrip() for line in text.splitlines()).strip("\n")
-        if "val_loss:" in text and "train_time:" in text and not any(stripped in source for source in sources):
+        words = ("val_loss:", "train_time:", r"^\s*(import|from) torch\b")  # a parser of logs does without the last
+        trains = all(re.search(word, text, re.M) for word in words)
+        if trains and not any(stripped in source for source in sources):
             problems.append(f"{path.relative_to(folder.path)} is not the source of any log")
     return problems if folder.scripts else None
 
@@ -479,7 +483,8 @@ def real_data(folder, limits):
 
 @rule("gpus", "error", "The task is the time on 8 GPUs of one kind.", "records/README.md, the target", of_task=True)
 def eight_gpus(folder, limits):
-    return [f"{shown(map(name_of, runs))}: " + ("the log shows no GPUs" if hardware == "unknown" else hardware)
+    unknown = "the log names no GPUs in a form that is known (nvidia-smi's table, or: on 8 x NAME)"
+    return [f"{shown(map(name_of, runs))}: " + (unknown if hardware == "unknown" else hardware)
             for hardware, runs in group_by(folder.record, lambda run: run.environment.hardware)
             if len(set(runs[0].environment.gpus)) != 1 or len(runs[0].environment.gpus) != NUM_GPUS]
 
@@ -518,14 +523,21 @@ def clock_problems(run: Run) -> list[str]:
         # Step lines do not wait for the GPU, which may be a few steps behind.
         if abs(total - last) > max(5 * total / run.num_iterations, 2):
             problems.append(f"the steps sum to {last:.0f} ms, the total is {total:.0f} ms")
-    for v in run.validations:
-        # Half a unit of the printed total, and of the printed average times the steps.
-        allowed = 0.51 + 0.0051 * v.step
-        average = math.nan if v.step_avg_ms is None else v.step_avg_ms
-        if v.step > run.clock_start and abs(average * (v.step - run.clock_start) - v.train_ms) > allowed:
-            problems.append(f"at step {v.step} {average} ms a step is not {v.train_ms:.0f} ms in all")
-            break
-    return problems
+    start = Validation(run.clock_start, 0.0, 0.0)
+    timed = [start, *(v for v in run.validations if v.step > run.clock_start)]
+    # Averages are of all steps so far or, in some scripts, of those since the last validation.
+    if all(map(average_holds, timed[:-1], timed[1:])):
+        return problems
+    return problems + [f"at step {v.step} {v.step_avg_ms} ms a step is not {v.train_ms:.0f} ms in all"
+                       for v in timed[1:] if not average_holds(start, v)][:1]
+
+
+def average_holds(begin: Validation, v: Validation) -> bool:
+    """Whether the average printed at v, if there is one, is that of the steps since `begin`."""
+    steps, ms = v.step - begin.step, v.train_ms - begin.train_ms
+    average = ms / steps if v.step_avg_ms is None else v.step_avg_ms
+    # Half a unit of each printed total, and of the printed average times the steps.
+    return not abs(average * steps - ms) > 0.51 + 0.51 * (begin.train_ms > 0) + 0.0051 * steps
 
 
 @rule("resumed", "error", "The clock stands while checkpoints are written, and a resumed run's time is put together "
@@ -571,7 +583,10 @@ def verdict_of(folder: Folder, findings: list[Finding]) -> str:
     if not folder.logs and not folder.unstarted:
         return "nothing to judge: no log can be read" if folder.unreadable else "nothing to judge: no logs, no figures"
     if not folder.counted:
-        return "unfinished: no run of the record has a final loss"
+        apart = [f"{len(runs)} are {role}" for runs, role in (
+            (folder.baseline, "a baseline's"), (folder.failed, "failed ones")) if runs]
+        named = f" (of the logs, by their names or their folders', {' and '.join(apart)})" if apart else ""
+        return f"unfinished: no run of the record has a final loss{named}"
     if broken["error"]:
         return f"does not hold: {errors}"
     if folder.experiment:

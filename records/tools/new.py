@@ -1,4 +1,5 @@
 """`new`: a record's folder from finished logs - copies, tables, figures, check - so that no number is typed by hand."""
+import datetime
 import gzip
 import re
 import shutil
@@ -10,7 +11,7 @@ import check
 import compare
 from inference import Interval, format_p, std
 from report import claims_of_difference, page_of
-from run_log import LOG_SUFFIX, RecordError, Run, find_logs, read_log
+from run_log import RUN_ID, RecordError, Run, find_logs, read_log, read_text
 from tables import format_markdown, write_text
 
 RECORDS = Path(__file__).resolve().parents[1]
@@ -21,17 +22,31 @@ CAPTIONS = {"loss": "Validation loss against steps and time",
             "lambdas": "Learned scalars", "final_losses": "Final losses against the target"}
 
 
+def is_date(text: str) -> bool:
+    """Whether it is a day of the calendar, written YYYY-MM-DD."""
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
 def copy_logs(paths: list[Path], folder: Path, failed: Path) -> list[Run]:
     """Writes every log below `paths` compressed, unfinished ones to `failed`; the finished. The same logs give the same
     bytes. Raises RecordError on damage."""
-    finished = []
+    finished, texts = [], set()
     for log in (log for path in paths for log in find_logs(path)):
-        run, content = read_log(log), log.read_bytes()
-        target = (folder if run.finished else failed) / f"{log.name.removesuffix('.gz')}.gz"
-        if any(LOG_SUFFIX.sub("", path.name) == run.name for path in target.parent.glob("*")):
-            raise RecordError(f"{log} has the name of another log: a run counts once.")
+        run, text, content = read_log(log), read_text(log), log.read_bytes()
+        is_compressed = log.suffix.lower() == ".gz"
+        target = (folder if run.finished else failed) / f"{log.stem if is_compressed else log.name}.gz"
+        if text in texts:
+            raise RecordError(f"{log} is another log's copy: a run counts once.")
+        texts.add(text)
+        if target.exists() and not RUN_ID.fullmatch(run.name):  # of another folder
+            target = target.with_name(f"{run.name}-{log.parent.name}{target.name.removeprefix(run.name)}")
+        if target.exists():
+            raise RecordError(f"{log} has the name of another log: rename one of them.")
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(gzip.compress(gzip.decompress(content) if log.suffix == ".gz" else content, mtime=0))
+        target.write_bytes(gzip.compress(gzip.decompress(content) if is_compressed else content, mtime=0))
         finished += [run] if run.finished else []
     return finished
 
@@ -132,7 +147,7 @@ def new(name: str, date: str, logs: list[Path], baseline: list[Path], what: str,
     and leaves nothing behind, if a log is damaged or no log is finished.
     """
     from plot import draw  # loads matplotlib
-    if not re.fullmatch(r"\d{4}-\d\d-\d\d", date) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+    if not is_date(date) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise RecordError(f"{date}_{name} is no name of a record: give a date YYYY-MM-DD and letters, digits, - or _.")
     folder = records / (check.EXPERIMENTS if experiment else "") / f"{date}_{name}"
     if folder.exists():

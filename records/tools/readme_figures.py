@@ -7,7 +7,10 @@ UNIT = r"(ms|seconds|secs?|s|minutes|mins?)\b"
 FIGURE = re.compile(rf"(?<![\w.])(\d[\d,]*)(\.\d+)?(?!\.?\d)(?!\.?\w*[A-Za-z_]\w*\d)(?:(?![A-Za-z_])|(?={UNIT}))"
                     rf"(?:\s*{UNIT})?")
 LIST = re.compile(r"\[[^\]]*\]")
-RUN_COUNT = re.compile(r"(?<![\w.,/-])(\d+) (?:runs|logs)\b(?! above| below)|\bn ?(?:\(runs\))? ?[=|] ?(\d+)\b", re.I)
+RUN_COUNT = re.compile(r"(?<![\w.,/-])(\d+) (?:runs|logs)\b(?! above| below)", re.I)
+# N is many things: it counts runs where these are spoken of and no other noun follows it.
+N_RUNS = re.compile(r"\bn ?(?:\(runs\))? ?[=|] ?(\d+)\b(?! (?!runs|logs|seeds|is\b|gives)\w+s\b)", re.I)
+OF_RUNS = re.compile(r"\b(runs?|logs?|seeds?|loss(es)?|times?|seconds|mean|p|t-test)\b", re.I)
 P_VALUE = re.compile(r"\bp(?:-?value)?`? ?[=:|≈] ?`?(0?\.\d+|\d(?:\.\d+)?e-?\d+)", re.I)
 OLDER_RECORD = re.compile(r"\b(previous|prior|baseline|earlier|older?|before|last record)\b", re.I)
 STATISTIC = re.compile(r"mean|avg|average|std|min|max|total", re.I)
@@ -91,7 +94,12 @@ def listed_losses(text: str, target: float) -> list[float]:
 
 def stated_counts(text: str) -> set[int]:
     """Numbers of runs that a README speaks of."""
-    return {int(a or b) for a, b in RUN_COUNT.findall(text)}
+    counts = RUN_COUNT.findall(text)
+    for block in re.split(r"\n\s*\n", text):
+        is_table = block.lstrip().startswith("|")
+        for sentence in [block] if is_table else re.split(r"\n|(?<=[.:;]) ", block):
+            counts += N_RUNS.findall(sentence) if OF_RUNS.search(sentence) else []
+    return set(map(int, counts))
 
 
 def stated_p_values(text: str) -> list[tuple[str, float]]:

@@ -6,11 +6,14 @@ the tokens trained on so far and the long window of the step; other logs do not,
 Reading is liberal: 4 or 6 decimals, train losses, steps without a clock. A last line without its end is left out, since
 it may be cut within a number. Judging is left to the rules of `check`. A log may be compressed: `.txt.gz`, `.log.gz`.
 """
+import codecs
 import gzip
 import json
 import math
+import os
 import re
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +25,12 @@ FIELD = re.compile(r"([A-Za-z_]\w*):\s*(\S+)")
 NUMBER = re.compile(r"([-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|nan|inf))(ms|s)?$", re.I)
 # llm.c's lines: one run of 2024 was logged by them.
 LLM_C_LINE = re.compile(r"^s:\d+ (?:tel|trl):", re.M)
-LOG_SUFFIX = re.compile(r"\.(txt|log)(\.gz)?$")
+LOG_SUFFIX = re.compile(r"\.(txt|log)(\.gz)?$", re.I)
+COLOUR = re.compile(r"\x1b\[[\d;]*[A-Za-z]")
+# What loggers write before a line; and torchrun --tee, srun --label, mpirun --tag-output before every line.
+STEP_PREFIX = re.compile(r"^(?!\s*step:).{1,60}?(?=step:\s*\d+/\d+\s)")
+RULE_PREFIX = re.compile(r"^(?=\S*\d)((?:\[[^\]\n]+\](?:<\w+>)?:? ?|\d+: ?)+)={60,}\s*$", re.M)
+RUN_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 NOT_LOGS = ("requirements", "readme", "license", "citation")
 
 
@@ -91,6 +99,12 @@ class Run:
         return bool(self.validations) and self.validations[-1].step == self.num_iterations
 
     @property
+    def ending(self) -> str:
+        """Where an unfinished run ends, in words."""
+        missing = " without its last validation" if self.last_step == self.num_iterations else ""
+        return f"ends at step {self.last_step} of {self.num_iterations}{missing}"
+
+    @property
     def resumed_from(self) -> str:
         """The checkpoint that the run was resumed from; empty if it began at the beginning."""
         return self.constants.get("resumed from", "")
@@ -109,9 +123,16 @@ class Run:
 
     @property
     def clock_start(self) -> int:
-        """Steps before the clock: the scripts of 2024 set it to 0 after ten warm-up steps, with averages of nan."""
-        first = self.validations[0].step_avg_ms if self.validations else None
-        return 10 if first is not None and math.isnan(first) and self.num_iterations > 10 else 0
+        """Steps before the clock: the scripts of 2024 set it to 0 after ten warm-up steps, with averages of nan.
+
+        An average of nan at step 0 may be 0 / 0 alone, so the next one decides: it is of all steps, or of all but ten.
+        """
+        known = [v for v in self.validations if v.step_avg_ms is not None]
+        later = [v for v in known if v.step > 10 and math.isfinite(v.step_avg_ms)]
+        if not later or not math.isnan(known[0].step_avg_ms):
+            return 0
+        of_all, of_all_but_ten = (abs(later[0].step_avg_ms * (later[0].step - n) - later[0].train_ms) for n in (0, 10))
+        return 10 if of_all_but_ten < of_all else 0
 
     def _of_steps(self, name: str) -> list[int]:
         """A field of every step line; empty if one of the lines lacks it."""
@@ -158,16 +179,24 @@ def read_text(path: Path) -> str:
     """The text of a log. Raises RecordError if there is none."""
     try:
         data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix == ".gz" and data else data
+        data = gzip.decompress(data) if path.suffix.lower() == ".gz" and data else data
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise RecordError(f"{path} is damaged ({error}): copy the log again.") from error
     except OSError as error:
         raise RecordError(f"{path} cannot be read ({error.strerror}): name a log.") from error
     if not data.strip():
         raise NoSteps(f"{path} is empty: copy the log again.")
-    if b"\0" in data:
+    if data.startswith(b"version https://git-lfs."):
+        raise RecordError(f"{path} is a pointer of Git LFS: fetch the log itself with git lfs pull.")
+    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as PowerShell's > writes
+    if b"\0" in data and not is_utf16:
         raise RecordError(f"{path} is not a text file: copy the log again.")
-    return data.decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
+    text = data.decode("utf-16" if is_utf16 else "utf-8-sig", errors="replace").replace("\r\n", "\n")
+    text = COLOUR.sub("", text)
+    prefix = RULE_PREFIX.search(text)
+    if prefix:  # which may count: ranks, or time
+        text = re.sub("^" + re.sub(r"\d+", r"\\d+", re.escape(prefix[1])), "", text, flags=re.M)
+    return text
 
 
 def split_sections(text: str) -> tuple[str, str, str]:
@@ -184,14 +213,14 @@ def split_sections(text: str) -> tuple[str, str, str]:
 
 
 def parse_environment(text: str) -> Environment:
-    """Versions and the rows of nvidia-smi's table."""
+    """Versions, and the GPUs that the run used or, where the log does not say, those of nvidia-smi's table."""
     def find(pattern: str) -> str:
         match = re.search(pattern, text, re.M | re.I)
         return match[1] if match else ""
 
     gpus = re.findall(r"^\|\s+\d+\s+(?!N/A)(\S.*?)\s+(?:On|Off|N/A)\s*\|", text, re.M)
     ranks = re.search(r"^on (\d+) x ([^(\n]+)", text, re.M)
-    if not gpus and ranks:
+    if ranks and (int(ranks[1]) != len(gpus) or ranks[2].strip() not in gpus):  # what is there may not be what ran
         gpus = [ranks[2].strip()] * int(ranks[1])
     return Environment(python=find(r"^Running Python ([\d.]+)"), torch=find(r"^Running PyTorch (\S+)"),
                        cuda=find(r"compiled for CUDA (\S+)"), driver=find(r"Driver Version:\s*([\d.]+)"),
@@ -216,6 +245,7 @@ def parse_lines(text: str, path: Path):
     step_ms: list[tuple[int, float]] = []
     step_fields: dict[int, dict[str, float]] = {}
     for line in text[:text.rfind("\n") + 1].splitlines():
+        line = STEP_PREFIX.sub("", line)
         if not line.lstrip().startswith("step:"):
             continue
         match = STEP_LINE.match(line)
@@ -264,8 +294,8 @@ def is_log_name(path: Path) -> bool:
 
 def looks_like_log(path: Path) -> bool:
     """Whether a file claims to be a log: by its name (a run id), or by what it holds. Damaged ones do too."""
-    name = path.name.removesuffix(".gz")
-    if name.endswith(".log") or re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\.txt", name):
+    name = path.name.lower().removesuffix(".gz")
+    if name.endswith(".log") or RUN_ID.fullmatch(name.removesuffix(".txt")):
         return True
     try:
         text = read_text(path)
@@ -274,10 +304,26 @@ def looks_like_log(path: Path) -> bool:
     return bool(re.search(r"^\s*step:\s*\d|^s:\d+ te?rl?:|^Running py|^={60,}\s*$", text, re.M | re.I))
 
 
+def walk(path: Path) -> Iterator[Path]:
+    """Every file and link below a folder, each folder once."""
+    seen = set()
+    for folder, subfolders, names in os.walk(path, followlinks=True):
+        if os.path.realpath(folder) in seen:
+            subfolders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        yield from (Path(folder, name) for name in names if not name.startswith("."))
+
+
 def find_logs(path: Path) -> list[Path]:
-    """The logs of a folder and of those below it, or the log itself. Raises RecordError if there is no such path."""
+    """The logs of a folder and of those below it, or the log itself. Raises RecordError if there is no such path.
+
+    Links are followed; those that lead nowhere are logs that cannot be read. Names that begin with a dot are left out.
+    """
     if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.is_file() and is_log_name(file) and looks_like_log(file))
+        return sorted(file for file in walk(path) if (file.is_file() or file.is_symlink() and not file.is_dir())
+                      and is_log_name(file) and looks_like_log(file))
     if not path.exists():
         raise RecordError(f"{path} does not exist: name a log or a folder of logs.")
     return [path]

@@ -30,6 +30,9 @@ def write_copy(path: Path, config) -> None:
 
 def run_python(folder: str, arguments: list[str], variables: dict[str, str], console: str) -> None:
     """What the interpreter does with these arguments, in a process that it is given."""
+    # A shell in the background, or nohup, has these ignored.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(variables)

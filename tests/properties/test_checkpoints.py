@@ -121,8 +121,17 @@ def test_a_file_of_something_else_is_refused(config, tmp_path, monkeypatch, cont
         checkpoints.read(str(tmp_path))
 
 
+@pytest.fixture
+def heard():
+    """The signals as a shell in the foreground leaves them: in the background, or under nohup, some are ignored."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in STOPS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", STOPS)
-def test_a_signal_between_two_looks_is_not_forgotten(config, tmp_path, monkeypatch, number):
+def test_a_signal_between_two_looks_is_not_forgotten(heard, config, tmp_path, monkeypatch, number):
     """It comes while the ranks tell each other that there was none; a second one changes nothing."""
     monkeypatch.chdir(tmp_path)
     checkpoints = tgm.Checkpoints(config, "source", tgm.find_shards(config)[0], "run", 0, ALONE)

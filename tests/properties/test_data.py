@@ -201,3 +201,16 @@ def test_validation_reads_exactly_the_first_tokens(tmp_path, monkeypatch, size):
     for rank in range(size):
         tgm.evaluate(model, shard, 1, tgm.World(rank, size, CPU))
     assert sorted(seen) == list(range(4096))
+
+
+@pytest.mark.parametrize("header, refused", [({}, True), ({3: 50257, 4: 50256}, False)])
+def test_a_long_shard_of_another_tokenizer_is_refused(tmp_path, header, refused):
+    """Its header leaves the document id open, and no token is one. A header that names it is believed."""
+    path = write_shard(tmp_path / "fineweb_train_000001.bin", [], 0, 0, header={2: 2 ** 22 + 1} | header)
+    with open(path, "ab") as file:
+        np.ones(2 ** 22 + 1, "<u2").tofile(file)
+    if refused:
+        with pytest.raises(tgm.UserError, match="no document id 50256: another tokenizer"):
+            tgm.open_shard(path, numbered_config())
+    else:
+        tgm.open_shard(path, numbered_config())

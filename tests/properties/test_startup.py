@@ -1,4 +1,5 @@
 """What is compiled before the clock starts, and that nothing is after. The backend counts and compiles nothing."""
+import os
 import re
 from datetime import timedelta
 from functools import partial
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from torch._dynamo.utils import counters
 
 import train_gpt_medium as tgm
-from helpers import ALONE, CPU, TRAINER, as_window, random_ids, randomise, small_config, write_text_folder
+from helpers import ALONE, CPU, TRAINER, as_window, enter, random_ids, randomise, small_config, write_text_folder
 
 # One layer of each kind, and a second one of the first: long and short windows, with and without value embeddings.
 LAYERS = (tgm.Layer(value_embed=0, long_window=True), tgm.Layer(value_embed=0), tgm.Layer(),
@@ -95,6 +96,35 @@ def test_ranks_wait_for_one_that_compiles_for_long(tmp_path, monkeypatch, device
         tgm.main(write_text_folder(tmp_path, small_config(num_slices=2)))
     assert given.pop("timeout") > timedelta(minutes=30)
     assert given == dict(backend=backend, device_id=device if backend == "nccl" else None)
+
+
+@pytest.mark.parametrize("variables, words", [
+    (dict(WORLD_SIZE="2", RANK="0"), "MASTER_ADDR is missing"), (dict(RANK=""), "RANK is empty"),
+    (dict(WORLD_SIZE="two", RANK="0"), "WORLD_SIZE is two"), (dict(RANK="1"), "RANK is 1 and WORLD_SIZE 1"),
+    (dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1"), "MASTER_PORT is missing"),
+    (dict(SLURM_NTASKS="2", SLURM_PROCID="1"), "SLURM_NTASKS is 2 and WORLD_SIZE is missing"),
+    (dict(OMPI_COMM_WORLD_SIZE="8", OMPI_COMM_WORLD_RANK="0"), "OMPI_COMM_WORLD_SIZE is 8"),
+    (dict(SLURM_NTASKS="2"), ""), (dict(SLURM_NTASKS="1", SLURM_PROCID="0"), "")])
+def test_a_launchers_environment_is_whole_or_refused(tmp_path, monkeypatch, variables, words):
+    """The last two are a shell within an allocation, and one process of srun: each trains alone, as it should."""
+    enter(tmp_path, monkeypatch)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if words:
+        with pytest.raises(tgm.UserError, match=re.escape(words) + ".*: start with torchrun, or unset"):
+            tgm.find_world(small_config())
+    else:
+        assert tgm.find_world(small_config())[:2] == (0, 1)
+
+
+@pytest.mark.parametrize("script, limit_s, words", [
+    ("exit 9", 600, ""), ("echo table", 600, "table"), ("printf '\\377'", 600, "\ufffd"),
+    ("exec sleep 600", 0.1, "nvidia-smi did not answer")])
+def test_nvidia_smi_never_holds_a_run(tmp_path, monkeypatch, script, limit_s, words):
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert tgm.ask_nvidia_smi(limit_s).strip() == words
 
 
 @pytest.mark.parametrize("whole", [True, False])

@@ -133,10 +133,14 @@ def test_constants_of_the_trainer_are_edited(preset, spec, old, new):
 
 
 def test_tiny_through_the_real_run_sh(tmp_path, monkeypatch):
-    """The repository's launcher and trainer on this CPU, both sides cut to one step of a smaller model."""
+    """The repository's launcher and trainer on this CPU, both sides cut to one step of a smaller model.
+
+    The shards' folder is named from the caller's.
+    """
+    monkeypatch.chdir(tmp_path.parent)
     monkeypatch.setenv("PATH", f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setenv("DATA_PATH", str(tmp_path))
+    monkeypatch.setenv("DATA_PATH", tmp_path.name)
     write_shard(tmp_path / "text_train_000001.bin", random_ids(2 ** 18 + 4097, small_config()))
     write_shard(tmp_path / "text_val_000000.bin", random_ids(2 ** 14 + 1, small_config()))
     cut = "seq_len=128,val_seq_len=512,val_tokens=512,num_iterations=1,warmup_steps=0"

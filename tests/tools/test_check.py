@@ -1,6 +1,10 @@
 """records/tools/check.py: every rule has a folder that keeps it and one that breaks it alone."""
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +13,7 @@ import pytest
 import check
 import records
 import synthetic_logs as logs
-from helpers import RECORDS, TRAINER
+from helpers import RECORDS, ROOT, TRAINER
 from run_log import RecordError
 
 LIMITS = check.Limits()
@@ -98,6 +102,7 @@ BREAKS = [
         FIRST, constants="seed drawn or given: 0\ntraining shards: a to b (SYNTHETIC tokens)"))),
     ("gpus", lambda record: rewrite(record, gpus=SPEC.gpus[:7])),
     ("gpus", lambda record: rewrite(record, gpus=(*SPEC.gpus[:7], "NVIDIA H200"))),
+    ("gpus", lambda record: rewrite(record, torch="2.10\non 4 x NVIDIA H100 80GB HBM3\n#")),  # of the eight shown
     ("one-environment", lambda record: logs.write_log(record, replace(FIRST, driver="570.1"))),
     ("times", lambda record: replace_in(first_log(record), "step:100/200 train_time:", "step:100/200 train_time:9")),
     ("times", lambda record: replace_in(first_log(record), "ms step_avg:24", "ms step_avg:23")),
@@ -156,6 +161,25 @@ def test_every_command_has_help(capsys, command):
     assert stop.value.code == 0 and "usage:" in capsys.readouterr().out
 
 
+def test_what_the_system_refuses_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert records.main(["campaign", "tiny", "small", "-n", "1", "--out", str(tmp_path / "file" / "out")]) == 2
+    assert re.fullmatch(rf"records.py: {tmp_path}/file/out/A: Not a directory: name another place.*\n",
+                        capsys.readouterr().err)
+    for script, packages in (("records/records.py", "records/tools/requirements.txt"),
+                             ("data/shards.py", "requirements.txt")):
+        done = subprocess.run([sys.executable, "-S", ROOT / script, "--help"], capture_output=True, text=True)
+        assert done.returncode == 1
+        assert done.stderr == f"{Path(script).name}: numpy is not installed: pip install -r {packages}\n"
+
+
+def test_a_terminal_that_cannot_show_a_letter(tmp_path):
+    folder = logs.write_record(tmp_path / "Gr\u00f6\u00dfe")
+    done = subprocess.run([sys.executable, RECORDS / "records.py", "check", folder], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and "/Gr??e: holds: every rule is kept" in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize("losses, advice", [([3.2791, 3.2789], "--target 3.28"), ([2.9301, 2.9299], "above 2.92"),
                                             ([2.9175], "one run")])
 def test_losses_that_are_no_test(record, losses, advice):
@@ -195,6 +219,47 @@ def test_logs_in_folders_of_any_name_are_the_records(record):
     for path in record.glob("*.txt"):
         path.rename(record / "results" / path.name)
     assert broken_rules(record) == {}
+
+
+def every_average_of_its_interval(path: Path) -> None:
+    text, (step, ms) = path.read_text(), (0, 0)
+    for match in re.finditer(r"step:(\d+)/\d+ val_loss:\S+ train_time:(\d+)ms step_avg:\S+ms", text):
+        average = (int(match[2]) - ms) / max(int(match[1]) - step, 1)
+        text = text.replace(match[0], f"{match[0].rpartition(':')[0]}:{average:.2f}ms")
+        step, ms = int(match[1]), int(match[2])
+    path.write_text(text)
+
+
+def rename_all(name: str):
+    """Of both sides, by number."""
+    return lambda record: [path.rename(path.with_name(name.format(i))) for folder in (record, record / "baseline")
+                           for i, path in enumerate(sorted(folder.glob("*.txt")))]
+
+
+@pytest.mark.parametrize("change", [
+    *map(rename_all, ("run{}.txt", "partial_rotary_{}.log", "bases_of_hadamard_{}.txt", "controlled_lr_{}.txt",
+                      "old_rotary_seed{}.txt")),
+    lambda record: replace_in(record / "README.md", "All 8", "## The model (N = 16)\n\nWith N = 16 layers. All 8"),
+    lambda record: replace_in(record / "README.md", "All 8", "N = 16 layers give this loss. n = 8. All 8"),
+    lambda record: (record / "parse.py").write_text("import re\nre.findall('val_loss:.* train_time:', log)"),
+    lambda record: list(map(every_average_of_its_interval, record.glob("*.txt")))])
+def test_what_breaks_no_rule(record, change):
+    change(record)
+    assert broken_rules(record) == {}
+
+
+@pytest.mark.parametrize("name, role", [
+    ("baseline_3.txt", "baseline"), ("Baseline/x.txt", "baseline"), ("old_record/x.txt", "baseline"),
+    ("failed-run2.log", "failed"), ("crashed/x.txt", "failed"), ("partial_runs/x.txt", "failed"),
+    ("partial.txt", "failed"), ("partial_rotary/x.txt", "partial_rotary"), ("failsafe_1.txt", "record"),
+    ("olde/x.txt", "olde"), ("logs/old_lr.txt", "record")])
+def test_a_name_gives_a_role_by_whole_words(tmp_path, name, role):
+    assert check.role_of(tmp_path / name, tmp_path) == role
+
+
+def test_the_verdict_says_why_no_run_counts(tmp_path):
+    logs.write_log(tmp_path, SPEC, "partial_1.txt")
+    assert check.verdict_of(check.read_folder(tmp_path), []).endswith("or their folders', 1 are failed ones)")
 
 
 def test_figures_only(capsys):

@@ -2,8 +2,11 @@
 import math
 import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
+import venv
 
 import numpy as np
 import pytest
@@ -96,6 +99,19 @@ def test_what_all_ranks_of_torchrun_refuse_is_said_once(tmp_path, ranks, sentenc
     assert done.returncode != 0 and sentence in error
 
 
+def test_a_port_that_is_taken(tmp_path):
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        port = str(listener.getsockname()[1])
+        write_shard(tmp_path / "text_train_000001.bin", random_ids(64 * 4096 + 1, small_config()))
+        write_shard(tmp_path / "text_val_000000.bin", random_ids(2 ** 14 + 1, small_config()))
+        done = run(sys.executable, TRAINER, "tiny", cwd=tmp_path, DATA_PATH=str(tmp_path), WORLD_SIZE="2", RANK="0",
+                   MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    assert done.returncode == 1 and port in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].endswith("start with torchrun, or mend MASTER_ADDR or MASTER_PORT.")
+
+
 def test_torchrun_starts_two_processes(tmp_path):
     """The real launcher over the trainer's own guard, with the preset cut to two steps."""
     source = TRAINER.read_text().replace('preset="tiny", ', 'preset="tiny", seed=3, ').replace(
@@ -130,4 +146,46 @@ def test_an_active_environment_that_satisfies_the_requirements_is_used():
 def test_a_script_that_is_not_there_is_refused_at_once():
     done = run("bash", "run.sh", "tiny", TRAIN_SCRIPT="nowhere.py")
     assert done.returncode != 0 and not done.stdout
-    assert done.stderr.strip() == "run.sh: TRAIN_SCRIPT names nowhere.py, which does not exist: name a training script."
+    assert done.stderr == f"run.sh: TRAIN_SCRIPT names {ROOT}/nowhere.py, which does not exist: " \
+                          "name a training script.\n"
+
+
+def test_paths_are_the_callers(tmp_path):
+    """From another folder: its shards are looked at, and its requirements file is installed from."""
+    write_shard(tmp_path / "mine" / "mine_train_000001.bin", [1], vocab_size=9, doc_token=8)
+    (tmp_path / "nothing.txt").touch()
+    done = run("bash", ROOT / "run.sh", "--check", "tiny", cwd=tmp_path, DATA_PATH="mine")
+    assert f"error    shards      {tmp_path}/mine/mine_train_000001.bin holds ids of a vocabulary of 9" in done.stdout
+    assert run("bash", ROOT / "run.sh", "--python", "nothing.txt", cwd=tmp_path).returncode == 0
+    assert not (ROOT / "mine").exists()
+
+
+def test_another_shell_is_sent_to_bash():
+    for script in ("run.sh", "tests/run.sh", "tests/gpu.sh"):
+        done = run("dash", script) if shutil.which("dash") else pytest.skip("dash is not installed")
+        assert done.returncode == 1 and done.stderr.startswith(f"{script}: this shell is not bash"), done.stderr
+
+
+def test_a_clone_keeps_its_line_ends(tmp_path):
+    """Made by git as it is set up on Windows."""
+    (tmp_path / "made").mkdir()
+    for name in ("run.sh", ".gitattributes", TRAINER.name):
+        shutil.copy(ROOT / name, tmp_path / "made")
+    git = ("git", "-c", "user.name=x", "-c", "user.email=x", "-C", tmp_path / "made")
+    for command in (("init",), ("add", "."), ("commit", "-m", "x")):
+        assert run(*git, *command).returncode == 0
+    run("git", "clone", "-c", "core.autocrlf=true", tmp_path / "made", tmp_path / "clone")
+    assert run("./run.sh", "--help", cwd=tmp_path / "clone").returncode == 0
+
+
+def test_an_environment_without_pip_keeps_what_is_in_it(tmp_path):
+    """As `uv venv` makes it. pip is added; what it cannot install here is said."""
+    for name in ("run.sh", TRAINER.name):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "one.txt").write_text("no-such-package==1")
+    venv.create(tmp_path / ".venv")
+    kept = tmp_path / ".venv" / "mine.py"
+    kept.write_text("mine")
+    done = run("./run.sh", "--python", "one.txt", cwd=tmp_path, PIP_NO_INDEX="1")
+    assert kept.exists() and f"run.sh: installing {tmp_path}/one.txt failed" in done.stderr
+    assert run(tmp_path / ".venv" / "bin" / "python", "-m", "pip", "--version").returncode == 0

@@ -385,3 +385,10 @@ def test_without_a_package(monkeypatch, package, words):
     monkeypatch.delitem(sys.modules, "train_gpt_medium", raising=False)
     with pytest.raises(fetch.ShardError, match=words):
         fetch.count_shards("medium") if package == "torch" else fetch.load_hub()
+
+
+@pytest.mark.parametrize("name, value", [("HF_TOKEN", "hf_\u201cabc\u201d"), ("HF_HUB_ETAG_TIMEOUT", "ten")])
+def test_settings_of_the_library_that_will_not_do(hub, tmp_path, name, value):
+    done = subprocess.run([sys.executable, DATA / "shards.py", "get", tmp_path, "--shards", "1"], text=True,
+                          capture_output=True, env=os.environ | {"HF_ENDPOINT": hub.url, name: value})
+    assert done.returncode == 1 and re.fullmatch(rf"shards.py: .*; correct or unset .*{name}.*\n", done.stderr)

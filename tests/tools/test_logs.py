@@ -77,6 +77,14 @@ def test_a_log_of_2024(tmp_path):
     assert np.isnan(durations[:10]).all() and (durations[10:] == 150).all()  # the clock starts after ten steps
 
 
+def test_a_nan_average_of_step_0_alone_moves_no_clock(tmp_path):
+    """It is 0 / 0. Only averages that leave out ten steps tell of a clock that was reset."""
+    path = logs.write_log(tmp_path, SPEC)
+    plain = read_log(path).step_durations()
+    path.write_text(path.read_text().replace("train_time:0ms step_avg:0.00ms", "train_time:0ms step_avg:nanms"))
+    assert math.isnan(read_log(path).validations[0].step_avg_ms) and (read_log(path).step_durations() == plain).all()
+
+
 @pytest.mark.parametrize("stated, windows, tokens", [
     (["", "", "", ""], None, None),  # before the step lines stated it
     ([f" tokens:{n} window_blocks:{w}" for n, w in ((512, 3), (1024, 1), (3072, 1), (5120, 7))],
@@ -113,6 +121,7 @@ def test_a_live_log_may_end_within_a_line(tmp_path):
 
 DAMAGED = [
     ("empty", b" \n", "is empty"),
+    ("LFS", b"version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 12\n", "pointer of Git LFS"),
     ("binary", b"\x7fELF\x01\0\0\0", "is not a text file"),
     ("no steps", "import torch\n" + "=" * 100 + "\nRunning Python 3.12\n", "no step lines"),
     ("prose", "nothing of the kind\n", "no step lines"),
@@ -137,14 +146,39 @@ def test_damage_ends_in_one_sentence(tmp_path, capsys, content, word):
     assert captured.err.count("\n") == 1 and word in captured.err and captured.out == ""
 
 
+FOREIGN = {
+    "colours": lambda line: f"\x1b[32m{line}\x1b[0m" if "val_loss" in line else line,
+    "torchrun --tee": lambda line: f"[default0]:{line}",
+    "mpirun --tag-output": lambda line: f"[1,0]<stdout>:{line}",
+    "srun --label": lambda line: f"0: {line}",
+    "a logger's steps": lambda line: f"2025-11-02 10:00:00,123 INFO {line}" if line.startswith("step:") else line,
+    "a logger": lambda line: f"[2025-11-02 10:{len(line) % 60:02d}:00][INFO] {line}"}
+
+
+@pytest.mark.parametrize("foreign", FOREIGN.values(), ids=FOREIGN)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_what_terminals_and_launchers_add_is_taken_off(tmp_path, foreign, encoding):
+    path = logs.write_log(tmp_path, SPEC)
+    plain = read_log(path)
+    path.write_text("".join(f"{foreign(line)}\n" for line in path.read_text().splitlines()), encoding=encoding)
+    assert read_log(path) == plain
+
+
 def test_which_files_are_logs(tmp_path):
     for name, content in (("requirements.txt", "torch"), ("notes.txt", "a text"), ("README.txt", "words"),
                           ("sub/run.log", ""), ("a.txt", "step:0/1 val_loss:1"), ("train.py", "=" * 100),
-                          ("0a1b2c3d-0000-0000-0000-000000000000.txt", "cut")):
+                          ("0a1b2c3d-0000-0000-0000-000000000000.txt", "cut"), ("RUN.LOG", ""), ("B.Txt", "=" * 60),
+                          (".ipynb_checkpoints/run.log", ""), ("._a.log", ""), ("elsewhere/linked.log", "")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
-    assert {path.name for path in find_logs(tmp_path)} == {
-        "run.log", "a.txt", "0a1b2c3d-0000-0000-0000-000000000000.txt"}
+    expected = {"sub/run.log", "a.txt", "0a1b2c3d-0000-0000-0000-000000000000.txt", "RUN.LOG", "B.Txt"}
+    (tmp_path / "elsewhere").rename(tmp_path.parent / f"{tmp_path.name}_elsewhere")
+    for name, target in (("folder", f"../{tmp_path.name}_elsewhere"), ("sub/up", ".."), ("lost.log", "nowhere")):
+        (tmp_path / name).symlink_to(target)
+    assert {str(path.relative_to(tmp_path)) for path in find_logs(tmp_path)} == expected | {
+        "folder/linked.log", "lost.log"}
+    with pytest.raises(RecordError, match="lost.log cannot be read"):
+        read_log(tmp_path / "lost.log")
     with pytest.raises(RecordError, match="does not exist"):
         find_logs(tmp_path / "none")
 

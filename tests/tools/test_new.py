@@ -92,13 +92,24 @@ GOOD = logs.log_text(logs.Spec())
     ("", "X", "2026-01-02", 1, "is empty"),
     (logs.log_text(logs.Spec(last_step=60)), "X", "2026-01-02", 1, "none of the logs is finished"),
     (GOOD, "X", "2026-01-02", 2, "counts once"), (GOOD, "a/b", "2026-01-02", 1, "is no name"),
-    (GOOD, "X", "today", 1, "is no name"), (GOOD, "SmearMTP", "2025-11-02", 1, "exists already")])
+    (GOOD, "X", "today", 1, "is no name"), (GOOD, "SmearMTP", "2025-11-02", 1, "exists already"),
+    (GOOD, "X", "2026-02-30", 1, "is no name")])
 def test_what_will_not_do_leaves_nothing_behind(records_folder, content, name, date, times_given, word):
     before, log = sorted(records_folder.rglob("*")), records_folder.parent / "one.log"
     log.write_text(content)
     with pytest.raises(RecordError, match=word):
         new.new(name, date, [log] * times_given, [], "-", False, records_folder)
     assert sorted(records_folder.rglob("*")) == before
+
+
+def test_logs_of_one_name_in_several_folders_are_several_runs(tmp_path):
+    specs = logs.record_specs()[:3]
+    for spec in specs:
+        logs.write_log(tmp_path / f"seed{spec.seed}", spec, "train.log")
+    folder = tmp_path / "record"
+    new.copy_logs([tmp_path / f"seed{spec.seed}" for spec in specs], folder, folder / "failed")
+    assert {path.name for path in folder.iterdir()} == {"train-seed1.log.gz", "train-seed2.log.gz", "train.log.gz"}
+    assert sorted(run.final_loss for run in check.read_folder(folder).record) == sorted(spec.loss for spec in specs)
 
 
 def test_logs_are_compressed_and_the_same_logs_give_the_same_bytes(records_folder):

@@ -1,18 +1,21 @@
 """The look at the machine before a run: every subject's verdicts, with stand-ins for nvidia-smi and python."""
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import memory
 import preflight
 import train_gpt_medium as tgm
-from helpers import ROOT, small_config, write_text_folder
+from helpers import ROOT, environment, small_config, write_text_folder
 
 LOOK = "RUN data/preflight/preflight.py"
 H100 = preflight.Gpu("NVIDIA H100 80GB HBM3", 81559, 81000, "580.95.05", "9.0")
@@ -33,16 +36,44 @@ def test_gpus_are_read_from_nvidia_smi(tmp_path, monkeypatch):
     assert preflight.ranks_on(preflight.list_gpus()) == 4
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
     assert len(preflight.list_gpus()) == 2
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert preflight.list_gpus() == []
 
 
-def test_a_broken_or_missing_nvidia_smi_means_no_gpu(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
+@pytest.mark.parametrize("setting, number", [
+    ("", 0), ("-1", 0), ("NoDevFiles", 0), ("none", 0), ("0,-1,1", 1), ("1, 2", 2), ("0,7,1", 1), ("0,0", 0),
+    ("GPU-0a1b2c3d", 1), ("GPU-0a,GPU-1b", 2), ("MIG-0a1b", 1)])
+def test_gpus_are_those_that_cuda_would_show(tmp_path, monkeypatch, setting, number):
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
+    fake_nvidia_smi(tmp_path, *["NVIDIA H100 80GB HBM3, 81559, 81000, 580.95.05, 9.0"] * 5)
+    assert len(preflight.list_gpus()) == number
+
+
+def test_nvidia_smi_that_tells_less(tmp_path, monkeypatch):
+    """No memory, as on a GB10; no capability, as with an old driver; no answer. Only a missing one means no GPU."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    if shutil.which("nvidia-smi") is None:
+        assert preflight.list_gpus() == []
+    fake_nvidia_smi(tmp_path, "No devices were found")
     assert preflight.list_gpus() == []
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    assert preflight.list_gpus() == []
+    fake_nvidia_smi(tmp_path, "NVIDIA GB10, [N/A], [N/A], 580.95.05, 12.1", "WARNING: infoROM is corrupted at gpu 0")
+    (gpu,) = preflight.list_gpus()
+    assert (gpu.total_mib, gpu.free_mib) == (None, None) and memory_line(tgm.Config(), gpu)[0] == "warning"
+    assert "does not tell their memory" in preflight.check_gpus([gpu], "tiny").text
+    (tmp_path / "nvidia-smi").write_text(
+        '#!/bin/sh\ncase "$*" in *compute_cap*) echo "Field compute_cap is not a valid field to query."; exit 2;;\n'
+        '*) echo "NVIDIA A100, 40536, 40000, 470.82.01";; esac\n')
+    assert preflight.list_gpus() == [preflight.Gpu("NVIDIA A100", 40536, 40000, "470.82.01", "")]
+    failed = "NVIDIA-SMI has failed because it could not communicate with the NVIDIA driver."
+    fake_nvidia_smi(tmp_path, failed)
+    with pytest.raises(preflight.NoAnswer, match="could not communicate"):
+        preflight.list_gpus()
+    medium, tiny = (preflight.report(preset)[0] for preset in ("medium", "tiny"))
+    assert (medium.status, tiny.status) == ("error", "warning") and failed in medium.text
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexec sleep 600\n")
+    monkeypatch.setattr(preflight, "SMI_LIMIT_S", 0.1)
+    with pytest.raises(preflight.NoAnswer, match="did not answer"):
+        preflight.list_gpus()
 
 
 def test_gpu_line():
@@ -57,7 +88,7 @@ def test_gpu_line():
     ("580.95.05", "13.0", "ok", "580"), ("535.104.05", "12.6", "ok", "525"),
     ("535.104.05", "13.0", "error", "update it to 580 or newer, or install a build of torch for CUDA 12.x"),
     ("470.82.01", "12.6", "error", "build of torch for CUDA 11.x"), ("440.33.01", "12.6", "error", "no build of torch"),
-    ("580.95.05", None, "error", "CPU build")])
+    ("580.95.05", None, "error", "CPU build"), ("470.82.01", None, "error", "driver 470.82.01 is too old for it")])
 def test_driver_line_says_which_build_fits(driver, cuda, status, words):
     line = preflight.check_driver([H100._replace(driver=driver)], "2.13.0", cuda)
     assert line.status == status and words in line.text
@@ -160,8 +191,8 @@ def test_an_edited_script_is_looked_at_itself(tmp_path, old, new, line):
     source = (ROOT / "train_gpt_medium.py").read_text().replace("checkpoint_minutes: float = 0.0",
                                                                 "checkpoint_minutes: float = 1.0")
     assert source.count(old) == 1
-    (tmp_path / "edited.py").write_text(source.replace(old, new))
-    assert line in look("medium", TRAIN_SCRIPT=str(tmp_path / "edited.py")).stdout
+    (tmp_path / "edited_v1.2.py").write_text(source.replace(old, new))
+    assert line in look("medium", TRAIN_SCRIPT=str(tmp_path / "edited_v1.2.py")).stdout
 
 
 def shard_line(folder, preset="medium"):
@@ -199,6 +230,9 @@ def test_disk_lines(tmp_path, monkeypatch):
     assert checkpoints.status == "error" and f"{needed:.1f} GiB still needed" in checkpoints.text
     (tmp_path / "new").write_text("a file in the way")
     assert "no folder" in preflight.check_disk(config, 30)[0].text
+    monkeypatch.setattr(preflight.os, "access", lambda path, _: path == tmp_path)
+    complete = write_text_folder(tmp_path / "read only", small_config())
+    assert [preflight.check_disk(complete, number)[0].status for number in (0, 30)] == ["ok", "error"]
 
 
 def fail_on_rank_one(rank, size, port, on_gpu):
@@ -222,15 +256,32 @@ def test_all_reduce_line_when_a_rank_fails():
 
 
 def test_all_reduce_line_when_a_rank_hangs(monkeypatch):
-    """On a clock that reaches the limit once rank 1 is done, so that a busy machine changes nothing."""
-    others = set(multiprocessing.active_children())
+    """On a clock that goes on once rank 1 is done, so that a busy machine changes nothing."""
+    others, clock = set(multiprocessing.active_children()), count(step=8)
 
     def seconds() -> float:
-        return 8.0 if len(set(multiprocessing.active_children()) - others) == 1 else 0.0
+        return next(clock) if len(set(multiprocessing.active_children()) - others) == 1 else 0.0
 
     monkeypatch.setattr(preflight, "time", SimpleNamespace(monotonic=seconds, sleep=time.sleep))
     line = preflight.check_all_reduce(2, False, limit_s=8, trial=hang)
     assert line.status == "error" and "ranks [0] of 2 hung" in line.text and "for 8 s" in line.text
+
+
+def test_all_reduce_line_when_python_starts_slowly(tmp_path, monkeypatch):
+    """Its time does not count; where it never starts, the network is not blamed."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys, time\nif '--multiprocessing-fork' in sys.orig_argv: time.sleep(5)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert preflight.check_all_reduce(2, False, limit_s=4.9, trial=print).status == "ok"
+    monkeypatch.setattr(preflight, "START_LIMIT_S", 1)
+    assert "to start in 2 ranks" in preflight.check_all_reduce(2, False, trial=print).text
+
+
+def test_a_wrong_sum_is_found(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: total[1:].fill_(3))
+    with pytest.raises(SystemExit, match="the sum of 1 to 2 came as 1 to 3"):
+        preflight.all_reduce_rank(0, 2, 0, on_gpu=False)
 
 
 def test_report_on_this_machine_is_one_screen():
@@ -266,6 +317,18 @@ def test_run_sh_never_falls_back_to_the_cpu_on_a_node_with_gpus(tmp_path):
     fake_nvidia_smi(tmp_path / "bin", "GPU 0: NVIDIA H100 80GB HBM3")
     done = run_with_fake_python(tmp_path, 0, CUDA_VISIBLE_DEVICES="0")
     assert [line for line in done.stdout.splitlines() if line.startswith("RUN")] == [f"{LOOK} medium"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a torch that sees no GPU")
+@pytest.mark.parametrize("setting, preset", [("0", "medium"), ("-1", "tiny"), ("NoDevFiles", "tiny")])
+def test_run_sh_takes_the_cpu_where_gpus_are_hidden(tmp_path, setting, preset):
+    """With shards that neither preset can use, so that nothing is trained."""
+    fake_nvidia_smi(tmp_path / "bin", "NVIDIA H100 80GB HBM3, 81559, 81000, 580.95.05, 9.0")
+    (tmp_path / "mine_train_000001.bin").touch()
+    done = subprocess.run(["bash", ROOT / "run.sh"], text=True, capture_output=True, env=environment(
+        CUDA_VISIBLE_DEVICES=setting, DATA_PATH=str(tmp_path),
+        PATH=f"{tmp_path / 'bin'}:{os.path.dirname(sys.executable)}:{os.environ['PATH']}"))
+    assert done.returncode == 1 and f"checking this machine for the preset {preset}" in done.stdout
 
 
 def test_run_sh_takes_other_shards_as_they_are(tmp_path):

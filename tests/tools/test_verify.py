@@ -96,6 +96,17 @@ def test_shards_with_a_published_header(tmp_path):
     assert (row["min_id"], row["max_id"], row["problem"]) == (0, 50256, None)
 
 
+def test_shards_of_another_tokenizer_behind_a_published_header(tmp_path):
+    """No id opens a document: the field is empty, so nothing else says whose ids these are."""
+    ids = np.arange(30_000, dtype="<u2") % 1024
+    content = np.array([20240520, 1, ids.size] + [0] * 253, "<i4").tobytes() + ids.tobytes()
+    for name in ("fineweb_val_000000.bin", "fineweb_train_000001.bin"):
+        (tmp_path / name).write_bytes(content)
+    done = run(tmp_path)
+    assert done.returncode == 1
+    assert done.stdout.count("PROBLEM: fineweb_") == done.stdout.count(" holds no document id 50256") == 2
+
+
 # ---- hashes and the manifest
 
 def note(folder, names):
@@ -188,7 +199,7 @@ def test_presets_of_a_gpt2_set(tmp_path):
     sizes = [2**20 + 1] + [150 * BATCH + 1] * 2
     for index, size in enumerate(sizes):  # holes on disk, so that only the sizes are real
         path = tmp_path / f"fineweb_{'train' if index else 'val'}_{index:06d}.bin"
-        path.write_bytes(np.array([20240520, 1, size] + [0] * 253, "<i4").tobytes())
+        path.write_bytes(np.array([20240520, 1, size] + [0] * 253, "<i4").tobytes() + np.uint16(50256).tobytes())
         os.truncate(path, 1024 + 2 * size)
     verdicts = judge(tmp_path)
     assert sorted(verdicts) == ["baseline", "medium", "short"]

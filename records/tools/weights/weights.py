@@ -370,6 +370,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    sys.stdout.reconfigure(errors="replace")  # for a terminal that cannot show a letter of a sample
     args = parse(argv)
     try:
         return args.run(args) or 0
