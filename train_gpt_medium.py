@@ -89,7 +89,7 @@ class Run:
     # run
     seed: int | None = None  # None: drawn at random and logged, so that runs are independent samples
     needs_gpu: bool = True
-    warmup_steps: int = 4  # untimed, on random tokens; parameters and states are restored after them
+    kernel_warmup_steps: int = 4  # untimed, on random tokens; parameters and states are restored after them
     coordinate_descent_tuning: bool = True  # one graph, tuned kernels: faster steps for minutes of compilation
     watch_every: int = 16  # steps between checks for NaN and inf
     # Checkpoints every so many steps, or minutes; 0: never. With either, or in a resumed run, the last step and a
@@ -98,7 +98,7 @@ class Run:
     checkpoint_minutes: float = 0.0
     stop_limit_s: float = 20  # for the step in progress, after a signal to stop; torchrun kills after 30
 
-    may_be_zero = ("doc_token", "seed", "warmup_steps", "checkpoint_every", "checkpoint_minutes")
+    may_be_zero = ("doc_token", "seed", "kernel_warmup_steps", "checkpoint_every", "checkpoint_minutes")
 
     def __post_init__(self):
         for item in fields(self):
@@ -158,6 +158,7 @@ class Config(Run):
     rotary_base: float = 1024.0
     rotary_share: float = 0.5  # of a head's channels; the others never rotate
     logit_softcap: float = 15.0
+    fused_head: bool = True  # GPT.loss by the machine's kernel, in less memory; False: as GPT.loss is written
     init_scale: float = 0.5  # of 1/sqrt(C), as a standard deviation
     dtype: torch.dtype = torch.bfloat16  # of weights, activations and Newton-Schulz; float32 in exact tests
     val_loss_chunks: int = 4  # the logits of a whole piece of validation do not fit
@@ -220,14 +221,22 @@ class Layer(NamedTuple):
 # Long windows and value embeddings at both ends, U-net skips in the middle [@KoszarskyB, modded-nanogpt];
 # no attention in layer 7 [@YouJiacheng, modded-nanogpt].
 LAYERS = (
-    # 0 to 3
-    Layer(value_embed=0, long_window=True), Layer(value_embed=1), Layer(value_embed=2), Layer(value_embed=3),
-    # 4 to 7
-    Layer(value_embed=4, long_window=True), Layer(), Layer(), Layer(attention=False),
-    # 8 to 11
-    Layer(), Layer(skip_from=6), Layer(skip_from=4), Layer(skip_from=2, value_embed=0, long_window=True),
-    # 12 to 15
-    Layer(value_embed=1), Layer(value_embed=2), Layer(value_embed=3), Layer(value_embed=4, long_window=True),
+    Layer(value_embed=0, long_window=True),  # 0
+    Layer(value_embed=1),  # 1
+    Layer(value_embed=2),  # 2
+    Layer(value_embed=3),  # 3
+    Layer(value_embed=4, long_window=True),  # 4
+    Layer(),  # 5
+    Layer(),  # 6
+    Layer(attention=False),  # 7
+    Layer(),  # 8
+    Layer(skip_from=6),  # 9
+    Layer(skip_from=4),  # 10
+    Layer(skip_from=2, value_embed=0, long_window=True),  # 11
+    Layer(value_embed=1),  # 12
+    Layer(value_embed=2),  # 13
+    Layer(value_embed=3),  # 14
+    Layer(value_embed=4, long_window=True),  # 15
 )
 
 
@@ -339,7 +348,7 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """The record's model: layers by the plan, value embeddings, skips, backout, Smear-MTP."""
-    compiled_alone = ("embed", "blocks", "finish")  # unless the model compiles as one graph
+    compiled_alone = ("embed", "blocks", "finish", "loss")  # unless the model compiles as one graph
 
     def __init__(self, config: Config):
         super().__init__()
@@ -365,10 +374,19 @@ class GPT(nn.Module):
         embed1, embed2, *value_embeds = Embed.apply(self.embeds, ids)
         return norm(embed1), norm(embed2), *value_embeds
 
-    def finish(self, x: Tensor, middle: Tensor) -> Tensor:
-        """Outputs of the last and of the backout layer -> the head's input, each [T, C]."""
+    def finish(self, x: Tensor, middle: Tensor, ids: Tensor) -> Tensor:
+        """Outputs of the last and of the backout layer, each [T, C] -> the head's input [T, C]. ids: [T], unused."""
         x = self.backout_lambdas[0] * norm(x) + self.backout_lambdas[1] * norm(middle)
         return smear(x, self.smear_lambda) if self.config.smear_mtp else x
+
+    def loss(self, latents: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats, fp32, over all rows of the head. latents [T, C], targets [T].
+
+        An edit of it needs fused_head = False. It is validation's loss too: what only training is to minimise, such as
+        a z-loss, goes under `if torch.is_grad_enabled()`.
+        """
+        z, softcap = (latents @ self.lm_head.to(latents.dtype).mT).float(), self.config.logit_softcap
+        return F.cross_entropy(softcap * z * torch.rsqrt(z.square() + softcap ** 2), targets)
 
     def latents(self, ids: Tensor, window_blocks: Tensor) -> Tensor:
         """ids [T] integer, window_blocks zero-dim integer -> the head's input [T, C], smeared."""
@@ -384,16 +402,16 @@ class GPT(nn.Module):
             x = block(x, x00, x01, value_embed, self.block_lambdas[i], self.attn_lambdas[i], self.rotary,
                       long_mask if layer.long_window else short_mask)
             outputs.append(x)
-        return self.finish(x, outputs[self.config.backout_from])
+        return self.finish(x, outputs[self.config.backout_from], ids)
 
     def forward(self, ids: Tensor, targets: Tensor, window_blocks: Tensor) -> Tensor:
         """Mean cross-entropy in nats (fp32). ids: [T] integer, targets: [T] int64, window_blocks: zero-dim integer."""
-        latents, head = self.latents(ids, window_blocks), self.lm_head.to(self.config.dtype)
-        softcap, chunks = self.config.logit_softcap, self.config.val_loss_chunks
-        if torch.is_grad_enabled():
-            return HeadLoss.apply(latents, head, targets, softcap)
-        return torch.cat([cross_entropy(y @ head.mT, t, softcap, False)
-                          for y, t in zip(latents.chunk(chunks), targets.chunk(chunks))]).mean()
+        chunks = 1 if torch.is_grad_enabled() else self.config.val_loss_chunks
+        latents = self.latents(ids, window_blocks)
+        if self.config.fused_head:
+            head = self.lm_head.to(self.config.dtype)
+            return fused_head_loss(latents, head, targets, self.config.logit_softcap, chunks)
+        return torch.stack([self.loss(y, t) for y, t in zip(latents.chunk(chunks), targets.chunk(chunks))]).mean()
 
     def report(self) -> dict[str, float]:
         """The learned scalars that a validation line of the log shows."""
@@ -528,7 +546,8 @@ GROUPS = (
 # For a CPU, on bytes. fp32: a CPU without AVX-512 multiplies bf16 matrices ten times slower.
 ON_CPU = partial(Config, data_dir="data/text", shard_prefix="text", vocab_size=257, doc_token=256, seq_len=512,
                  num_heads=4, head_dim=32, dtype=torch.float32, max_window=4 * 128, snoo=Snoo(every=14),
-                 val_tokens=2**14, val_seq_len=2**11, needs_gpu=False, warmup_steps=1, coordinate_descent_tuning=False)
+                 val_tokens=2**14, val_seq_len=2**11, needs_gpu=False, kernel_warmup_steps=1,
+                 coordinate_descent_tuning=False)
 
 PRESETS = {  # made and checked when they are chosen
     "medium": Config,
@@ -661,6 +680,14 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         latents_grad, head_grad = ctx.saved_tensors
         return latents_grad * grad, head_grad * grad, None, None
+
+
+def fused_head_loss(latents: Tensor, head: Tensor, targets: Tensor, softcap: float, chunks: int) -> Tensor:
+    """Mean softcapped cross-entropy of latents [T, C] under the head [V, C]; without gradients, in chunks of the T."""
+    if torch.is_grad_enabled():
+        return HeadLoss.apply(latents, head, targets, softcap)
+    return torch.cat([cross_entropy(y @ head.mT, t, softcap, False)
+                      for y, t in zip(latents.chunk(chunks), targets.chunk(chunks))]).mean()
 
 
 @kernel
@@ -901,16 +928,17 @@ def attention_masks(ids_T: Tensor, windows: tuple[Tensor, ...], doc_token: int) 
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, scale: float, kernel_options: dict) -> Tensor:
-    """Softmax attention, [1, T, H, D] -> [1, T, H, D].
+    """Softmax attention, [1, T, H, D] -> [1, T, H, D]. k and v may have fewer heads: each then serves several of q's.
 
     A BlockMask goes to FlexAttention with its kernel_options, which must be compiled: eager FlexAttention ignores block
     lists. A dense [T, T] mask goes to torch's own attention: FlexAttention has no backward on a CPU.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    grouped = q.size(1) != k.size(1)
     if isinstance(mask, BlockMask):
-        y = flex_attention(q, k, v, block_mask=mask, scale=scale, kernel_options=kernel_options)
+        y = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped, kernel_options=kernel_options)
     else:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
     return y.transpose(1, 2)
 
 
@@ -1563,8 +1591,8 @@ def warm_up(model: nn.Module, optimizer: Optimizer, world: World) -> None:
         ids = rng.integers(config.vocab_size, size=num_tokens + 1, dtype=np.int32)
         return split_pieces(torch.from_numpy(ids).to(world.device), piece_len)
 
-    for i in range(config.warmup_steps):
-        step = i * config.num_iterations // config.warmup_steps
+    for i in range(config.kernel_warmup_steps):
+        step = i * config.num_iterations // config.kernel_warmup_steps
         pieces = random_pieces(config.batch_tokens(step) // world.size, config.piece_len)
         train_step(model, optimizer, *pieces, step)
     with torch.no_grad():

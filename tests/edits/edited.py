@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 SIZES = dict(seq_len=128, max_window=1024, val_seq_len=256, val_tokens=512, num_iterations=4, val_every=2,
-             checkpoint_every=2, warmup_steps=1)
+             checkpoint_every=2, kernel_warmup_steps=1)
 
 
 def constants_of(config) -> dict[str, str]:

@@ -26,7 +26,7 @@ DOWN_S = 30  # until all processes are down after one was lost
 def config(tmp_path_factory) -> tgm.Config:
     """Both pieces of a batch are equal, so that one rank and two compute the same bits (test_distributed.py)."""
     config = small_config(layers=FEW_LAYERS, backout_from=1, num_slices=2, seq_len=PIECE, val_seq_len=PIECE,
-                          val_tokens=256, num_iterations=NUM_STEPS, warmup_steps=0, checkpoint_every=2,
+                          val_tokens=256, num_iterations=NUM_STEPS, kernel_warmup_steps=0, checkpoint_every=2,
                           dtype=torch.float32, stop_limit_s=5)  # for steps of milliseconds, on busy machines
     folder = tmp_path_factory.mktemp("shards")
     pieces = random_ids(NUM_STEPS * PIECE, config).view(NUM_STEPS, 1, PIECE).repeat(1, 2, 1)

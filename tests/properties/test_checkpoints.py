@@ -20,7 +20,7 @@ STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 def config(tmp_path_factory) -> tgm.Config:
     """Six steps on three shards of two batches each; every kind of layer, in the record's dtypes: with mantissas."""
     config = small_config(layers=FEW_LAYERS, backout_from=1, num_slices=4, seq_len=128, val_seq_len=128, val_tokens=512,
-                          warmup_steps=1, seed=None)
+                          kernel_warmup_steps=1, seed=None)
     folder = tmp_path_factory.mktemp("shards")
     for number in (1, 2, 3):
         write_shard(folder / f"text_train_{number:06d}.bin", random_ids(2 * 512 + 7, config, seed=number))
@@ -236,12 +236,12 @@ def test_without_checkpoints_a_step_does_nothing_for_them(config, tmp_path, monk
 def test_checkpoints_are_off_unless_asked_for(config, tmp_path, monkeypatch, constants, kept):
     made = []
     monkeypatch.setattr(tgm, "Checkpoints", lambda *_: made.append(1) or None)
-    train_some(config, tmp_path, monkeypatch, num_iterations=1, warmup_steps=0, **constants)
+    train_some(config, tmp_path, monkeypatch, num_iterations=1, kernel_warmup_steps=0, **constants)
     assert bool(made) == kept
 
 
 def test_signals_are_as_before_after_a_run(config, tmp_path, monkeypatch):
     before = [signal.getsignal(number) for number in STOPS]
-    train_some(config, tmp_path, monkeypatch, num_iterations=1, warmup_steps=0, checkpoint_every=1)
+    train_some(config, tmp_path, monkeypatch, num_iterations=1, kernel_warmup_steps=0, checkpoint_every=1)
     assert [signal.getsignal(number) for number in STOPS] == before
     assert signal.set_wakeup_fd(-1) == -1

@@ -187,7 +187,8 @@ def test_validation_is_untimed(tiny_run, tmp_path, monkeypatch):
 
 
 def test_validation_has_the_inputs_after_the_completed_steps(tiny_run, monkeypatch):
-    config, seen, forward = tgm.replace(tiny_run, num_iterations=4, val_every=1, warmup_steps=0), [], tgm.GPT.forward
+    config = tgm.replace(tiny_run, num_iterations=4, val_every=1, kernel_warmup_steps=0)
+    seen, forward = [], tgm.GPT.forward
     monkeypatch.setattr(tgm.GPT, "forward", lambda self, *rest, **inputs: seen.append(
         (torch.is_grad_enabled(), {name: x.item() for name, x in inputs.items()})) or forward(self, *rest, **inputs))
     tgm.main(config)
@@ -232,7 +233,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tiny_run, tmp_path):
 
 def test_a_run_ends_without_threads_left(tiny_run):
     before = set(threading.enumerate())
-    tgm.main(tgm.replace(tiny_run, num_iterations=1, warmup_steps=0))
+    tgm.main(tgm.replace(tiny_run, num_iterations=1, kernel_warmup_steps=0))
     for thread in set(threading.enumerate()) - before:
         if "ThreadPoolExecutor" in thread.name:
             thread.join(timeout=5)

@@ -35,7 +35,7 @@ def test_constants_of_the_record():
         logit_softcap=15, short_window_divisor=2, init_scale=0.5, dtype=BF16, num_iterations=5535, val_every=125,
         snoo=tgm.Snoo(every=28, lr=0.68, momentum=0.37), checkpoint_every=0, checkpoint_minutes=0, seed=None)
     assert {name: getattr(RECORD, name) for name in expected} == expected
-    assert RECORD.warmup_steps > 0
+    assert RECORD.kernel_warmup_steps > 0
 
 
 def test_rates_and_decays_of_the_record():

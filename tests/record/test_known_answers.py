@@ -109,15 +109,18 @@ def test_zero_lambda_is_the_baseline_bit_for_bit(dtype):
     assert ours["smear_lambda"].grad != 0
 
 
-def test_neighbour_reaches_the_next_position_within_a_document():
-    """Without attention only the smear mixes positions."""
-    model = tgm.GPT(small_config("medium", layers=(tgm.Layer(attention=False),) * 2, backout_from=0))
+@pytest.mark.parametrize("layers", [tgm.LAYERS, (tgm.Layer(attention=False),) * 12], ids=["all", "no attention"])
+@pytest.mark.parametrize("preset, reached", [("medium", [149, 150]), ("baseline", [149])])
+def test_only_smear_mtp_reaches_the_next_position_and_across_a_border(preset, reached, layers):
+    """A document's last token changes: attention stays within the document, Smear-MTP looks back by one, anywhere."""
+    model = tgm.GPT(small_config(preset, layers=layers))
     randomise(model)
-    ids = random_ids(256, model.config, mean_doc=1000)
+    ids = torch.arange(256, dtype=torch.int32) % 256
+    ids[[0, 150]] = model.config.doc_token
     changed = ids.clone()
-    changed[100] = (changed[100] + 1) % 256
+    changed[149] = 7
     before, after = (model.latents(x, as_window(2)) for x in (ids, changed))
-    assert (before != after).any(1).nonzero().flatten().tolist() == [100, 101]
+    assert (before != after).any(1).nonzero().flatten().tolist() == reached
 
 
 def test_rotary_and_loss_round_where_the_record_rounds():

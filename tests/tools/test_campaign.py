@@ -139,7 +139,7 @@ def test_tiny_through_the_real_run_sh(tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
     write_shard(tmp_path / "text_train_000001.bin", random_ids(2 ** 18 + 4097, small_config()))
     write_shard(tmp_path / "text_val_000000.bin", random_ids(2 ** 14 + 1, small_config()))
-    cut = "seq_len=128,val_seq_len=512,val_tokens=512,num_iterations=1,warmup_steps=0"
+    cut = "seq_len=128,val_seq_len=512,val_tokens=512,num_iterations=1,kernel_warmup_steps=0"
     status = campaign.campaign(cut, cut.replace("num_iterations=1", "num_iterations=2"), 1, "tiny", tmp_path / "out",
                                False)
     assert status == 0

@@ -302,7 +302,7 @@ def memory_peaks(job: Job) -> None:
     job.make_shards(1)
     pieces, says = {}, []
     for length in (job.seq_len // divisor for divisor in ((1, 4) if job.tiny else (1, 4, 16))):
-        constants = dict(num_iterations=1, warmup_steps=1, micro_seq_len=length, val_tokens=job.val_tokens)
+        constants = dict(num_iterations=1, kernel_warmup_steps=1, micro_seq_len=length, val_tokens=job.val_tokens)
         estimated = memory.count(replace(tgm.PRESETS[job.preset](), **constants), 1) >> 20
         pieces[length] = {"estimated_mib": estimated} | job.train(f"pieces_{length}", **constants)
         peak = pieces[length]["allocated_and_reserved_mib"][0]
