@@ -73,6 +73,9 @@ class Run:
     stages: "tuple[Stage, ...]" = field(default_factory=lambda: STAGES)
     groups: "tuple[Group, ...]" = field(default_factory=lambda: GROUPS)
     snoo: "Snoo | None" = field(default_factory=lambda: Snoo())  # the outer optimizer
+    # The norm of all averaged gradients together is scaled down to this. None: no clipping, and no group's update waits
+    # for the gradients of another.
+    clip_norm: float | None = None
     # data
     data_dir: str = "data/fineweb10B"
     shard_prefix: str = "fineweb"  # of the files' names, where data_dir is still empty
@@ -91,7 +94,7 @@ class Run:
     needs_gpu: bool = True
     kernel_warmup_steps: int = 4  # untimed, on random tokens; parameters and states are restored after them
     coordinate_descent_tuning: bool = True  # one graph, tuned kernels: faster steps for minutes of compilation
-    watch_every: int = 16  # steps between checks for NaN and inf
+    watch_every: int = 16  # steps between looks at losses and gradient norms: for the log, and for NaN and inf
     # Checkpoints every so many steps, or minutes; 0: never. With either, or in a resumed run, the last step and a
     # signal to stop save one too.
     checkpoint_every: int = 0
@@ -124,6 +127,7 @@ class Run:
             (all(stage.num_slices > 0 for stage in self.stages), "a stage's num_slices is not positive"),
             (len(set(roles)) == len(roles), f"{max(roles, key=roles.count, default='')} is a role in two groups"),
             (len({group.name for group in self.groups}) == len(self.groups), "two groups have the same name"),
+            (all(group.name.isidentifier() for group in self.groups), "a group's name, a field of the log, is no word"),
             (not self.snoo or self.snoo.every > 0, "Snoo's `every` is not positive"),
         ]
 
@@ -143,6 +147,10 @@ class Run:
 
     def batch_tokens(self, step: int) -> int:
         return self.stage(step).num_slices * self.seq_len
+
+    def step_fields(self, step: int) -> dict[str, float]:
+        """What the log's line of a step shows of it, besides times and tokens; a recipe may add to it."""
+        return self.model_inputs(step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -565,7 +573,8 @@ PRESETS = {  # made and checked when they are chosen
 # ======================================================================================================================
 # All that it takes from a recipe, this file's or one that imports this file:
 #   Run    the constants. A recipe derives its own class, which adds constants of its own, and overrides make_model()
-#          and model_inputs(step): numbers by name, passed to the model as zero-dim tensors, and written to the log.
+#          and model_inputs(step): numbers by name, passed to the model as zero-dim tensors, and written to the log;
+#          step_fields(step) writes further ones there.
 #   Stage  a row of Run.stages: `until` and `num_slices`; further columns are the recipe's.
 #   Group  a row of Run.groups: a name, roles, and a rule that updates the parameters of these roles:
 #            unit_dims: how many trailing dimensions ranks never divide; compiles: is update compiled on a GPU?
@@ -993,7 +1002,8 @@ class Bank:
     The parameters become views of the buffer. `shard` [n, *unit] is this rank's share: it updates that and alone holds
     its states. unit: the shape that is never split across ranks, a matrix or 128 numbers (so that no share ends in a
     loop's remainder, which a CPU rounds differently). Zeros pad the buffer to a multiple of world.size units.
-    grad_sum: sum of the shard's averaged gradients, fp32, zero-dim: not finite where one of them is not.
+    grads: the shard's averaged gradients, between average_grads and the update. grad_square: the sum of their squares,
+    fp32, zero-dim: not finite where one of them is not.
     """
     def __init__(self, params: list[nn.Parameter], unit: tuple[int, ...], world: World, average: Callable):
         self.params, self.world, self.average = params, world, average
@@ -1021,14 +1031,15 @@ class Bank:
             self.received = torch.empty_like(grads)
             self.work = dist.all_to_all_single(self.received, grads, async_op=True)
 
-    def average_grads(self) -> Tensor:
-        """This rank's share of the gradients, averaged over the ranks, in the shape of `shard`."""
+    def average_grads(self) -> None:
+        """Average this rank's share of the gradients over the ranks, once they have arrived."""
         self.wait()
         received, self.received = self.received, None
         if self.world.size > 1:
             received = self.average(received.view(self.world.size, -1))
-        self.grad_sum = received.sum(dtype=torch.float32)
-        return received.view_as(self.shard)
+        self.grads = received.view_as(self.shard)
+        # By rows first: a CPU would add all numbers up one after the other. Without a copy in fp32.
+        self.grad_square = torch.linalg.vector_norm(self.grads, dim=-1, dtype=torch.float32).square().sum()
 
     def send_params(self) -> None:
         """Send this rank's updated parameters to all."""
@@ -1050,7 +1061,8 @@ class Optimizer:
     A step has three phases on every rank; on one rank nothing is sent.
     1. All banks' gradients are sent to the ranks that own them, at once, in the order of the groups.
     2. As they arrive, in the same order, a group's shards are updated and sent to all: updates overlap with the
-       gradients still arriving and the parameters being sent.
+       gradients still arriving and the parameters being sent. With clip_norm, all gradients are awaited before the
+       first update, and one more collective of 4 bytes adds up their squares.
     3. The parameters that arrive last are waited for.
 
     One collective for each bank and direction: `python records/tools/bench/plan.py` prints order, bytes and padding.
@@ -1081,8 +1093,9 @@ class Optimizer:
                     alike.setdefault((unit, p.dtype), []).append((role, p))
             banks = []
             for (unit, dtype), pairs in alike.items():
-                name = group_name if len(alike) == 1 else "+".join(dict.fromkeys(role for role, _ in pairs))
-                name = f"{name} {unit} {dtype}" if name in self.banks else name
+                # A group's only bank has its name, otherwise the names of its roles; a number where that is taken.
+                name = group_name if len(alike) == 1 else "_".join(dict.fromkeys(role for role, _ in pairs))
+                name = f"{name}_{len(self.banks)}" if name in self.banks else name
                 self.banks[name] = Bank([p for _, p in pairs], unit, world, average)
                 banks.append(self.banks[name])
             if banks:
@@ -1102,17 +1115,35 @@ class Optimizer:
         """Update all parameters from their gradients of step number `step` (from 0), and drop the gradients."""
         for bank in self.banks.values():
             bank.send_grads()
+        if self.config.clip_norm is not None:
+            self._clip_grads(self.config.clip_norm)
         for rule, update, banks in self.groups:
             hyperparameters = {name: torch.tensor(value, dtype=torch.float64)  # tensors: schedules do not recompile
                                for name, value in rule.hyperparameters(step, self.config).items()}
             shards, states = [bank.shard for bank in banks], [bank.state for bank in banks]
-            update(shards, [bank.average_grads() for bank in banks], states, **hyperparameters)
+            if self.config.clip_norm is None:
+                for bank in banks:
+                    bank.average_grads()
+            update(shards, [bank.grads for bank in banks], states, **hyperparameters)
+            for bank in banks:
+                bank.grads = None
             if self.snoo and step % self.snoo.every == 0:
                 self.snoo.update(shards, states)
             for bank in banks:
                 bank.send_params()
         for bank in self.banks.values():
             bank.wait()
+
+    def _clip_grads(self, max_norm: float) -> None:
+        """Average all gradients and scale them, where needed, to a norm of max_norm over all parameters and ranks."""
+        for bank in self.banks.values():
+            bank.average_grads()
+        square = torch.stack([bank.grad_square for bank in self.banks.values()]).sum()
+        if bank.world.size > 1:
+            dist.all_reduce(square)
+        scale = (max_norm / square.sqrt()).clamp(max=1)
+        for bank in self.banks.values():
+            bank.grads.mul_(scale)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """This rank's states by bank, not copied."""
@@ -1313,40 +1344,53 @@ class Log:
 
 
 class Watch:
-    """Stops all ranks together where a loss or an averaged gradient is not finite, without making a step wait.
+    """Every step's loss and gradient norms: logged, and a reason to stop where not finite. No step waits for them.
 
-    The device keeps, for each cause, the first step at which it was not finite. Every so many steps an all-reduce takes
-    their minimum over the ranks; its copy to the host is asynchronous and read at the next check.
+    The device keeps them for some steps. Every so many steps an all-reduce sums them over the ranks; its copy to the
+    host is asynchronous and read at the next look, so that all ranks stop together. What is logged names its own step.
     """
-    def __init__(self, causes: list[str], every: int, world: World):
-        self.causes, self.every, self.world = causes, every, world
-        self.answer = torch.full((len(causes),), math.inf)
-        self.first_bad = self.answer.to(world.device, copy=True)
+    def __init__(self, banks: Iterable[str], config: Run, world: World, log: Callable[[str], None]):
+        self.banks, self.config, self.world, self.log = list(banks), config, world, log
+        self.noted = torch.zeros(config.watch_every, 1 + len(self.banks), device=world.device)
+        self.steps: list[int] = []  # whose figures `noted` holds
+        self.asked: list[int] = []  # whose sums over the ranks are in `answer`, once they have arrived
+        self.answer = self.noted
         nothing = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
         self.arrived = torch.cuda.Event() if world.device.type == "cuda" else nothing
 
-    def note(self, step: int, values: list[Tensor]) -> None:
-        """values: one zero-dim fp32 tensor for each cause, after `step` completed steps."""
-        bad = torch.stack(values).isfinite().logical_not()
-        self.first_bad.masked_fill_(bad & self.first_bad.isinf(), step)  # a number, so that nothing waits for a copy
-        if step % self.every == 0:
+    def note(self, step: int, loss: Tensor, grad_squares: list[Tensor]) -> None:
+        """After `step` completed steps: this rank's mean loss, and each bank's sum over this rank's share."""
+        self.noted[len(self.steps)] = torch.stack([loss / self.world.size, *grad_squares])
+        self.steps.append(step)
+        if step % self.config.watch_every == 0:
             self.read()
             self.ask()
 
     def ask(self) -> None:
-        agreed = self.first_bad.clone()
-        if self.world.size > 1:
-            dist.all_reduce(agreed, dist.ReduceOp.MIN)
-        self.answer = agreed.to("cpu", non_blocking=True)
+        sums = self.noted[:len(self.steps)].clone()
+        if self.world.size > 1 and self.steps:
+            dist.all_reduce(sums)
+        self.asked, self.steps = self.steps, []
+        self.answer = sums.to("cpu", non_blocking=True)
         self.arrived.record()
 
     def read(self) -> None:
-        """Look at the last answer. Raises UserError, the same on all ranks, if anything was not finite."""
+        """Log the last answer. Raises UserError, the same on all ranks, at the first step that is not finite."""
         self.arrived.synchronize()
-        steps = self.answer.tolist()
-        if min(steps) < math.inf:
-            cause = self.causes[steps.index(min(steps))]
-            raise UserError(f"the {cause} of step {min(steps):.0f} was not finite: lower the rates, check the data.")
+        asked, self.asked = self.asked, []
+        for step, (loss, *squares) in zip(asked, self.answer.tolist()):
+            norms = {f"grad_norm_{name}": math.sqrt(square) for name, square in zip(self.banks, squares)}
+            self.log(f"step:{step}/{self.config.num_iterations} {as_fields({'train_loss': loss} | norms, '.6g')}")
+            causes = ["loss", *(f"{name} gradient" for name in self.banks)]
+            bad = [cause for cause, x in zip(causes, (loss, *squares)) if not math.isfinite(x)]
+            if bad:
+                raise UserError(f"the {bad[0]} of step {step} was not finite: lower the rates, check the data.")
+
+    def read_all(self) -> None:
+        """Wait for all that was noted."""
+        self.read()
+        self.ask()
+        self.read()
 
 
 class StopSignals:
@@ -1616,7 +1660,7 @@ def train(model: nn.Module, optimizer: Optimizer, loader: TrainLoader, val_shard
     """
     config, clock = model.config, Clock(world, seconds)
     num_tokens = sum(config.batch_tokens(step) for step in range(first_step))
-    watch = Watch(["loss", *(f"{name} gradient" for name in optimizer.banks)], config.watch_every, world)
+    watch = Watch(optimizer.banks, config, world, log)
     progress = tqdm(total=config.num_iterations, initial=first_step, unit="step", disable=world.rank > 0 or None)
     for step in range(first_step, config.num_iterations + 1):  # the last pass only validates
         finished = step == config.num_iterations
@@ -1624,8 +1668,7 @@ def train(model: nn.Module, optimizer: Optimizer, loader: TrainLoader, val_shard
         saves = checkpoints is not None and step > first_step and (checkpoints.due(step) or finished)
         if validates or saves:
             clock.stop()
-            watch.ask()
-            watch.read()
+            watch.read_all()
         if saves:
             checkpoints.save(step, clock.seconds, optimizer)
             if checkpoints.stopped_by and not finished:
@@ -1638,10 +1681,10 @@ def train(model: nn.Module, optimizer: Optimizer, loader: TrainLoader, val_shard
             break
         clock.start()
         loss = train_step(model, optimizer, *next(loader), step)
-        watch.note(step + 1, [loss, *(bank.grad_sum for bank in optimizer.banks.values())])
+        watch.note(step + 1, loss, [bank.grad_square for bank in optimizer.banks.values()])
         num_tokens += config.batch_tokens(step)
         log(f"step:{step + 1}/{config.num_iterations} {clock.fields(step + 1)} "
-            f"{as_fields({'tokens': num_tokens} | config.model_inputs(step))}")
+            f"{as_fields({'tokens': num_tokens} | config.step_fields(step))}")
         progress.update()
     return val_loss
 

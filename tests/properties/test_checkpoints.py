@@ -203,10 +203,10 @@ def test_without_checkpoints_a_step_does_nothing_for_them(config, tmp_path, monk
         raise AssertionError("made in a run without checkpoints")
 
     def bare(model, optimizer, loader, val_shard):
-        watch = tgm.Watch(["loss", *optimizer.banks], config.watch_every, ALONE)
+        watch = tgm.Watch(optimizer.banks, config, ALONE, print)
         for step in range(config.num_iterations):
             loss = tgm.train_step(model, optimizer, *next(loader), step)
-            watch.note(step + 1, [loss, *(bank.grad_sum for bank in optimizer.banks.values())])
+            watch.note(step + 1, loss, [bank.grad_square for bank in optimizer.banks.values()])
 
     def run(checkpoints):
         def loop(model, optimizer, loader, val_shard):

@@ -159,6 +159,27 @@ def test_every_parameter_is_updated_by_its_groups_rule_then_by_the_outer_one(pre
     assert sorted(named) == sorted(name for name, _ in model.named_parameters())
 
 
+@pytest.mark.parametrize("share", [None, 0.25, 4.0])
+def test_gradients_are_clipped_to_one_norm_of_them_all(share, monkeypatch):
+    """share: clip_norm, in norms of the gradients that the rules would get."""
+    def gradients(clip_norm: float | None) -> torch.Tensor:
+        config, seen = small_config(dtype=torch.float32, clip_norm=clip_norm), []
+        for group in config.groups:
+            monkeypatch.setattr(type(group.rule), "update", lambda rule, shards, grads, *_, **__: seen.extend(
+                grad.flatten() for grad in grads))
+        model = config.make_model()
+        optimizer = tgm.Optimizer(model, config, ALONE)
+        give_gradients(model, ALONE, step=0)
+        optimizer.step(1)
+        assert all(bank.grads is None for bank in optimizer.banks.values())
+        return torch.cat(seen)
+
+    unclipped = gradients(None)
+    clipped = gradients(share and share * unclipped.norm().item())
+    scale = min(share or 1.0, 1.0)
+    assert torch.equal(clipped, unclipped) if scale == 1 else relative(clipped, scale * unclipped) < 1e-5
+
+
 @pytest.mark.parametrize("preset", tgm.PRESETS)
 def test_a_step_is_what_the_rules_make_of_every_parameter_alone(preset):
     """Banks, batches and the order of groups change no number: fp32, with the bound of Muon's formula above."""
