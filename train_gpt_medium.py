@@ -24,7 +24,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import uuid
 import zipfile
@@ -99,8 +98,8 @@ class Run:
     # signal to stop save one too.
     checkpoint_every: int = 0
     checkpoint_minutes: float = 0.0
-    stop_limit_s: float = 20  # for the step in progress, after a signal to stop; torchrun kills after 30
 
+    # Every other number must be positive.
     may_be_zero = ("doc_token", "seed", "kernel_warmup_steps", "checkpoint_every", "checkpoint_minutes")
 
     def __post_init__(self):
@@ -113,7 +112,7 @@ class Run:
                 raise UserError(f"Config: {sentence}.")
 
     def checks(self) -> list[tuple[bool, str]]:
-        """Conditions on the constants, each with the sentence that says what is wrong."""
+        """Conditions on the constants, each with the sentence that says what is wrong; a recipe adds its own."""
         ends, roles = [0.0, *(stage.until for stage in self.stages)], [r for group in self.groups for r in group.roles]
         return [
             (self.seq_len % BLOCK_SIZE == 0, f"seq_len {self.seq_len} is not a multiple of {BLOCK_SIZE}"),
@@ -1396,40 +1395,23 @@ class Watch:
 class StopSignals:
     """Between enter and exit, a signal to stop is kept in `received`: the run can end after the step in progress.
 
-    The loop sets `seen` when it has read the signal. If it does not within limit_s, as when the step waits for a rank
-    that died, the process exits. A thread watches the time, since Python's own handlers do not run while a collective
-    waits. SIGHUP is what a lost ssh session sends.
+    SIGHUP is what a lost ssh session sends. A step that never ends, as one that waits for a rank that died, is left to
+    torchrun, which kills 30 s after its signal.
     """
-    def __init__(self, limit_s: float):
-        self.limit_s, self.received, self.seen = limit_s, 0, threading.Event()
+    received = 0
 
     def __enter__(self) -> "StopSignals":
-        read_end, self.write_end = os.pipe()
-        os.set_blocking(self.write_end, False)
-        signal.set_wakeup_fd(self.write_end)
         self.before = {number: signal.signal(number, self._note)
                        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
                        if signal.getsignal(number) is not signal.SIG_IGN}  # as nohup sets it
-        threading.Thread(target=self._count, args=(read_end,), daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(-1)
-        self.seen.set()
-        os.close(self.write_end)  # which ends the thread
 
     def _note(self, number: int, _) -> None:
         self.received = number
-
-    def _count(self, read_end: int) -> None:
-        while os.read(read_end, 1):  # one byte per signal
-            if not self.seen.wait(self.limit_s):
-                print(f"error: no step ended within {self.limit_s} s of a signal: resume from the last checkpoint.",
-                      file=sys.stderr)
-                os._exit(1)
-        os.close(read_end)  # only now: a signal to a closed pipe prints an error
 
 
 def force_to_disk(path: Path) -> None:
@@ -1456,7 +1438,7 @@ class Checkpoints:
     """
     def __init__(self, config: Run, source: str, shards: list[Shard], run_id: str, seed: int, world: World):
         self.config, self.seed, self.world, self.last = config, seed, world, None
-        self.signals, self.stopped_by = StopSignals(config.stop_limit_s), 0
+        self.signals, self.stopped_by = StopSignals(), 0
         self.group = dist.new_group(backend="gloo") if world.size > 1 else None
         self.folder = Path("checkpoints") / self._gather(run_id)[0]
         self.made_by = {name: json.dumps(value, default=str) for name, value in asdict(config).items()}
@@ -1492,8 +1474,6 @@ class Checkpoints:
         every, limit = self.config.checkpoint_every, 60 * self.config.checkpoint_minutes
         told = self._gather((self.signals.received, 0 < limit <= time.monotonic() - self.saved_at))
         self.stopped_by = max(number for number, _ in told)
-        if self.stopped_by:
-            self.signals.seen.set()
         return self.stopped_by > 0 or any(late for _, late in told) or (every > 0 and step % every == 0)
 
     def save(self, step: int, seconds: float, optimizer: Optimizer) -> None:

@@ -244,4 +244,3 @@ def test_signals_are_as_before_after_a_run(config, tmp_path, monkeypatch):
     before = [signal.getsignal(number) for number in STOPS]
     train_some(config, tmp_path, monkeypatch, num_iterations=1, kernel_warmup_steps=0, checkpoint_every=1)
     assert [signal.getsignal(number) for number in STOPS] == before
-    assert signal.set_wakeup_fd(-1) == -1
