@@ -42,8 +42,9 @@ EDITS = {
                            banks={"attn_gate": 3 * 2 * 12 + 56}),  # layers, heads, channels
     "batch_ramp": Edit(constants={"stages": "num_slices=4"}, kept=("stages",), num_slices=(2, 2, 4, 8)),
     "clipping": Edit(constants={"clip_norm": "0.1"}),
-    "grouped_queries": Edit(hunks=4, constants={"heads_per_key": "2", "groups": "name='kv'"}, banks={
-        "qkvo": 0, "qo": 3 * 2 * C * C, "kv": 3 * 2 * C * C // 2}),
+    "grouped_queries": Edit(hunks=4, constants={"heads_per_key": "2", "groups": "name='kv'"}, kept=("layers",), banks={
+        "mlp_fc": 16 * 4 * C * C, "mlp_proj": 16 * 4 * C * C, "qkvo": 0, "qo": 15 * 2 * C * C, "kv": 15 * C * C,
+        "scalars": 128, "embeds": 7 * V * C + 64}),
     "linear_window": Edit(windows=(1, 2, 4, 6)),
     "logged_fields": Edit(hunks=2, step_fields={"lr_factor", "muon_momentum"}, scalars=(
         "smear_lambda", *BACKOUT, *(f"skip_weight_{i}" for i in range(4)))),
@@ -52,8 +53,9 @@ EDITS = {
     "no_smear_mtp": Edit(hunks=2, constants={"num_iterations": "5550", "smear_mtp": "False"}, scalars=BACKOUT),
     "smear_by_channel": Edit(hunks=3, scalars=("smear_lambda_mean", *BACKOUT)),
     "smear_within_documents": Edit(hunks=2),
-    "twelve_layers": Edit(hunks=2, constants={"layers": "attention=False", "backout_from": "8"}, kept=("layers",), banks={
-        "mlp_fc": 12 * 4 * C * C, "mlp_proj": 12 * 4 * C * C, "qkvo": 11 * 4 * C * C, "embeds": 7 * V * C + 64}),
+    "twelve_layers": Edit(hunks=2, constants={"layers": "attention=False", "backout_from": "8"}, kept=("layers",),
+                          banks={"mlp_fc": 12 * 4 * C * C, "mlp_proj": 12 * 4 * C * C, "qkvo": 11 * 4 * C * C,
+                                 "embeds": 7 * V * C + 64}),
     "two_latents": Edit(hunks=3, scalars=("smear_lambda_0", "smear_lambda_1", *BACKOUT)),
     "value_embeddings": Edit(hunks=2, constants={"groups": "betas=(0.75, 0.95)"}, banks={
         "value_embeds": V * C + 64, "embeds": 2 * V * C}),
