@@ -15,6 +15,7 @@ RESUME_FROM=checkpoints/<run id> resumes that run, of this very script, from its
 Shapes: T tokens of a piece, C channels, H heads, D channels of a head, V rows of the head, B = T / 128 blocks.
 """
 import contextlib
+import difflib
 import hashlib
 import json
 import math
@@ -1766,18 +1767,23 @@ def describe_run(config: Run, train_shards: list[Shard], seed: int, world: World
     ))
 
 
-def read_sources(config: Run) -> str:
-    """The recipe's source and, if that is another file, the machine's, under its name."""
-    recipe, machine = (Path(file).resolve() for file in (sys.modules[type(config).__module__].__file__, __file__))
-    return recipe.read_text() + (f"\n{'=' * 100}\n# {machine.name}\n{machine.read_text()}" if machine != recipe else "")
+def read_sources(config: Run, script: str | None = None) -> str:
+    """Of the script that was started, of the recipe and of the machine: each file once, all but the first with a name.
+
+    script: its file, where it only passes presets of another file's recipe.
+    """
+    recipe = sys.modules[type(config).__module__].__file__
+    first, *others = dict.fromkeys(Path(file).resolve() for file in (script or recipe, recipe, __file__))
+    named = [f"\n{'=' * 100}\n# {path.name}\n{path.read_text()}" for path in others]
+    return "".join([first.read_text(), *named])
 
 
-def main(config: Run, resume_from: str | None = None) -> float:
+def main(config: Run, resume_from: str | None = None, script: str | None = None) -> float:
     """Train as `config` says and return the final validation loss. Raises UserError for what the user can put right.
 
-    resume_from: the folder of a checkpoint, or of a run, whose last checkpoint is meant.
+    resume_from: the folder of a checkpoint, or of a run, whose last checkpoint is meant. script: see read_sources.
     """
-    source, run_id = read_sources(config), str(uuid.uuid4())
+    source, run_id = read_sources(config, script), str(uuid.uuid4())
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     world = find_world(config)
     train_shards, val_shard = find_shards(config)
@@ -1838,14 +1844,30 @@ def choose_config(presets: dict[str, Callable[[], Run]], arguments: list[str]) -
     preset = arguments[0] if arguments else next(iter(presets))
     if len(arguments) > 1 or preset not in presets:
         raise UserError(f"{' '.join(arguments)!r} is not a preset: choose one of {', '.join(presets)}.")
-    config = presets[preset]()
+    config = make_config(presets[preset])
     return replace(config, data_dir=os.environ.get("DATA_PATH") or config.data_dir)
 
 
+def make_config(make: Callable[[], Run]) -> Run:
+    """A preset's constants. Raises UserError, with the nearest name, where a partial(Config, ...) has a wrong one."""
+    known = [item.name for item in fields(make.func)] if isinstance(make, partial) else []
+    for name in (make.keywords.keys() - known if known else ()):
+        nearest, = difflib.get_close_matches(name, known, n=1, cutoff=0)
+        raise UserError(f"{name} is no constant of {make.func.__name__}; the nearest is {nearest}.")
+    return make()
+
+
 def start(presets: dict[str, Callable[[], Run]]) -> None:
-    """A recipe's command line: train the preset that it names. Exits with status 1 and one sentence on a UserError."""
+    """A recipe's command line: train the preset that it names. Exits with status 1 and one sentence on a UserError.
+
+    --presets instead prints a line for each: its name, the device that it needs, and its constants.
+    """
     try:
-        main(choose_config(presets, sys.argv[1:]), resume_from=os.environ.get("RESUME_FROM"))
+        if sys.argv[1:] == ["--presets"]:
+            for name, config in [(name, make_config(make)) for name, make in presets.items()]:
+                print(name, "gpu" if config.needs_gpu else "cpu", repr(config), sep="\t")
+            return
+        main(choose_config(presets, sys.argv[1:]), os.environ.get("RESUME_FROM"), sys.modules["__main__"].__file__)
     except UserError as error:
         said_before = 0
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's store counts the ranks that say it

@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 ALL_REDUCE_LIMIT_S = 30
 RECORD_SECONDS, RECORD_TOKENS = 1374.7, 5535 * 524288  # 8xH100, records/2025-11-02_SmearMTP
-CPU_PRESETS = ("tiny", "small")
+CPU_PRESETS = {"tiny", "small"}  # and those of the script that say so
 CPU_SECONDS_PER_TOKEN = 150 / (64 * 4096)  # tiny on 2 CPU cores, from shards to summary
 SHARD_BYTES = 1024 + 2 * 100_000_000
 LOG_BYTES = 2 * 2**20
@@ -48,7 +48,9 @@ def load_script():
     """The training script, as a module."""
     path = ROOT / (os.environ.get("TRAIN_SCRIPT") or "train_gpt_medium.py")
     sys.path.insert(0, str(path.parent))
-    return importlib.import_module(path.stem)
+    script = importlib.import_module(path.stem)
+    CPU_PRESETS.update(name for name, make in script.PRESETS.items() if not make().needs_gpu)
+    return script
 
 
 def list_gpus() -> list[Gpu]:

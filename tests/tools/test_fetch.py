@@ -378,6 +378,13 @@ def test_how_many(monkeypatch, arguments, number):
     assert asked == [number]
 
 
+@pytest.mark.parametrize("preset, words", [("tiny", "does not train on FineWeb"), ("huge", "choose one of medium, ")])
+def test_presets_without_published_shards(preset, words):
+    pytest.importorskip("torch")
+    with pytest.raises(fetch.ShardError, match=words):
+        fetch.count_shards(preset)
+
+
 def test_numbers_that_are_not_published(tmp_path):
     assert fetch.shard_names(103)[-1] == "fineweb_train_000103.bin"
     for number in (0, -1, 104):
@@ -400,6 +407,6 @@ def test_arguments(monkeypatch):
     assert shards.parse(["get"]).folder == DATA / "fineweb10B"
     monkeypatch.setenv("DATA_PATH", "/elsewhere")
     assert [shards.parse(["get", *rest]).folder for rest in ([], ["/here"])] == [Path("/elsewhere"), Path("/here")]
-    for wrong in (["get", "--preset", "tiny"], ["get", "--preset", "short", "--shards", "1"], ["get", "--shards", "x"]):
+    for wrong in (["get", "--preset", "short", "--shards", "1"], ["get", "--shards", "x"]):
         with pytest.raises(SystemExit):
             shards.parse(wrong)
