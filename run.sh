@@ -111,11 +111,11 @@ case "${1:-}" in
         exec "$python" data/preflight/preflight.py ${2:+"$2"} ;;
     --presets)
         python=$(set_up_python requirements.txt)
-        exec "$python" "$script" --presets ;;
+        exec "$python" data/preflight/preflight.py --presets ;;
     -*) usage >&2; die "'$1' is not an option." ;;
     *)
         python=$(set_up_python requirements.txt)
-        presets=$("$python" "$script" --presets | cut -f 1,2)
+        presets=$("$python" data/preflight/preflight.py --presets | cut -f 1,2)
         [ -z "${1:-}" ] || cut -f 1 <<<"$presets" | grep -qx -- "$1" ||
             die "'$1' is not a preset of $script: choose one of $(cut -f 1 <<<"$presets" | paste -sd ' ')."
         gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')

@@ -15,7 +15,6 @@ RESUME_FROM=checkpoints/<run id> resumes that run, of this very script, from its
 Shapes: T tokens of a piece, C channels, H heads, D channels of a head, V rows of the head, B = T / 128 blocks.
 """
 import contextlib
-import difflib
 import hashlib
 import json
 import math
@@ -33,7 +32,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import partial, partialmethod
+from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,9 +72,7 @@ class Run:
     stages: "tuple[Stage, ...]" = field(default_factory=lambda: STAGES)
     groups: "tuple[Group, ...]" = field(default_factory=lambda: GROUPS)
     snoo: "Snoo | None" = field(default_factory=lambda: Snoo())  # the outer optimizer
-    # The norm of all averaged gradients together is scaled down to this. None: no clipping, and no group's update waits
-    # for the gradients of another.
-    clip_norm: float | None = None
+    clip_norm: float | None = None  # of all averaged gradients together; with it, every update waits for all of them
     # data
     data_dir: str = "data/fineweb10B"
     shard_prefix: str = "fineweb"  # of the files' names, where data_dir is still empty
@@ -114,7 +111,8 @@ class Run:
 
     def checks(self) -> list[tuple[bool, str]]:
         """Conditions on the constants, each with the sentence that says what is wrong; a recipe adds its own."""
-        ends, roles = [0.0, *(stage.until for stage in self.stages)], [r for group in self.groups for r in group.roles]
+        ends = [0.0, *(stage.until for stage in self.stages)]
+        roles = [role for group in self.groups for role in group.roles]
         return [
             (self.seq_len % BLOCK_SIZE == 0, f"seq_len {self.seq_len} is not a multiple of {BLOCK_SIZE}"),
             (self.seq_len % self.piece_len == 0 and self.piece_len % BLOCK_SIZE == 0,
@@ -182,12 +180,12 @@ class Config(Run):
     may_be_zero = (*Run.may_be_zero, "backout_from", "rotary_share", "flat_share", "final_lr_factor", "momentum_start")
 
     def checks(self) -> list[tuple[bool, str]]:
-        tables, layers = sorted({layer.value_embed for layer in self.layers} - {None}), list(enumerate(self.layers))
+        tables = sorted({layer.value_embed for layer in self.layers} - {None})
         return super().checks() + [
             (self.rotary_share <= 1 and self.head_dim % 2 == 0 and self.rotary_share * self.head_dim % 2 == 0,
              f"rotary_share {self.rotary_share} of head_dim {self.head_dim} is not an even number of channels"),
             (self.val_piece_len % self.val_loss_chunks == 0, "val_loss_chunks does not divide val_seq_len's pieces"),
-            (all(layer.skip_from is None or 0 <= layer.skip_from < i for i, layer in layers),
+            (all(layer.skip_from is None or 0 <= layer.skip_from < i for i, layer in enumerate(self.layers)),
              "a layer skips from itself or a later one"),
             (tables == list(range(len(tables))), f"the layers' value_embeds {tables} are not 0, 1, 2, ..."),
             (all(layer.attention or layer.value_embed is None for layer in self.layers),
@@ -264,7 +262,8 @@ STAGES = (Stage(until=1.0, num_slices=8),)
 
 def lr_factor(step: int, config: Config) -> float:
     """Flat, then linear down to final_lr_factor at the end of the run; times the stage's factor."""
-    progress, stage_factor = step / config.num_iterations, config.stage(step).lr_factor
+    progress = step / config.num_iterations
+    stage_factor = config.stage(step).lr_factor
     if progress < config.flat_share:
         return stage_factor
     remaining = (1 - progress) / (1 - config.flat_share)
@@ -393,7 +392,8 @@ class GPT(nn.Module):
         An edit of it needs fused_head = False. It is validation's loss too: what only training is to minimise, such as
         a z-loss, goes under `if torch.is_grad_enabled()`.
         """
-        z, softcap = (latents @ self.lm_head.to(latents.dtype).mT).float(), self.config.logit_softcap
+        softcap = self.config.logit_softcap
+        z = (latents @ self.lm_head.to(latents.dtype).mT).float()
         return F.cross_entropy(softcap * z * torch.rsqrt(z.square() + softcap ** 2), targets)
 
     def latents(self, ids: Tensor, window_blocks: Tensor) -> Tensor:
@@ -650,9 +650,8 @@ def cross_entropy_kernel(logits, targets, losses, num_rows, num_columns, softcap
 def cross_entropy(logits: Tensor, targets: Tensor, softcap: float, with_grad: bool) -> Tensor:
     """Softcapped cross-entropy of logits [T, V], not yet capped, and targets [T]: losses [T] in nats, fp32.
 
-    with_grad: the logits are overwritten by the gradient of the mean loss. They are read from memory once: a program
-    takes one row at a time, and so few programs run that their rows (100 KB each) are still in the L2 cache for the
-    second loop. No fp32 copy is made. The plain version reads or writes all logits 3 times, this one twice.
+    with_grad: the logits are overwritten by the gradient of the mean loss. They are read from memory once: so few
+    programs run, each on one row (100 KB), that these are still in the L2 cache for the second loop.
     """
     assert logits.is_contiguous()
     if runs_kernels(logits):
@@ -674,10 +673,7 @@ cross_entropy.register_fake(lambda logits, *_: logits.new_empty(len(logits), dty
 
 
 class HeadLoss(torch.autograd.Function):
-    """Mean loss of latents [T, C] under the head [V, C].
-
-    The forward pass computes both gradients, so that the logits, the largest tensor of all, are freed when it returns.
-    """
+    """fused_head_loss in training: forward computes both gradients, and frees the logits, the largest tensor of all."""
     @staticmethod
     def forward(ctx, latents: Tensor, head: Tensor, targets: Tensor, softcap: float) -> Tensor:
         logits = latents @ head.mT
@@ -730,7 +726,8 @@ def launch_mlp_gemm(a: Tensor, b: Tensor, post: Tensor | None) -> Tensor:
     assert a.is_contiguous() and b.is_contiguous()
     (M, K), N = a.shape, b.size(0 if post is None else 1)
     out = torch.empty(M, N, dtype=a.dtype, device=a.device)
-    BLOCK_M, BLOCK_N, BLOCK_K, in_blocks = 128, 256, 64, TensorDescriptor.from_tensor
+    BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64
+    in_blocks = TensorDescriptor.from_tensor
     out_desc = in_blocks(out, [BLOCK_M, BLOCK_N // 2])
     mlp_gemm_kernel[(min(num_multiprocessors(a.device), triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N)),)](
         in_blocks(a, [BLOCK_M, BLOCK_K]), in_blocks(b, [BLOCK_N, BLOCK_K] if post is None else [BLOCK_K, BLOCK_N]),
@@ -846,13 +843,15 @@ def symmetric_product(x: Tensor, scale: float, x_scale: float) -> Tensor:
     The kernel computes the tiles on and below the diagonal and mirrors them: 36 of 64 for 1024 rows.
     From [@byronxu99, modded-nanogpt].
     """
-    (n, num_rows, K), BLOCK, BLOCK_K = x.shape, 128, 64
+    n, num_rows, K = x.shape
+    BLOCK, BLOCK_K = 128, 64
     if not runs_kernels(x, HOPPER_SHARED_BYTES) or num_rows % BLOCK or K % BLOCK_K:
         return (scale * x) @ x + x_scale * x if x_scale else (scale * x) @ x.mT
     assert x.is_contiguous()
-    out, in_blocks = x.new_empty(n, num_rows, num_rows), TensorDescriptor.from_tensor
-    x_flat, out_flat, tiles = x.view(-1, K), out.view(-1, num_rows), num_rows // BLOCK
-    symmetric_product_kernel[(tiles, tiles, n)](
+    in_blocks = TensorDescriptor.from_tensor
+    out = x.new_empty(n, num_rows, num_rows)
+    x_flat, out_flat = x.view(-1, K), out.view(-1, num_rows)
+    symmetric_product_kernel[(num_rows // BLOCK, num_rows // BLOCK, n)](
         in_blocks(x_flat, [BLOCK, BLOCK_K]), in_blocks(x_flat, [BLOCK, BLOCK]), in_blocks(out_flat, [BLOCK, BLOCK]),
         num_rows, K, scale, x_scale, ADD_X=x_scale != 0, BLOCK=BLOCK, BLOCK_K=BLOCK_K, num_warps=8, num_stages=4)
     return out
@@ -890,6 +889,7 @@ def block_lists(num_visible_B: Tensor, num_full_B: Tensor, direction: int, w: Te
     """
     block = torch.arange(len(num_visible_B), device=w.device, dtype=torch.int32)
     num_partial_B = torch.minimum(num_visible_B - num_full_B, (w - num_full_B).clamp_min(1))
+    # At distance 0, and then, beyond the full ones, from num_full + 1 on.
     partial_BB = block[:, None] + direction * (block + torch.where(block > 0, num_full_B[:, None], 0))
     full_BB = block[:, None] + direction * (block + 1)
     return (num_partial_B, partial_BB.clamp(0, len(block) - 1),
@@ -999,11 +999,11 @@ def average_ranks(parts: Tensor) -> Tensor:
 class Bank:
     """Parameters of one rule and one unit, end to end in one buffer that divides evenly among the ranks.
 
-    The parameters become views of the buffer. `shard` [n, *unit] is this rank's share: it updates that and alone holds
-    its states. unit: the shape that is never split across ranks, a matrix or 128 numbers (so that no share ends in a
-    loop's remainder, which a CPU rounds differently). Zeros pad the buffer to a multiple of world.size units.
-    grads: the shard's averaged gradients, between average_grads and the update. grad_square: the sum of their squares,
-    fp32, zero-dim: not finite where one of them is not.
+    unit: the shape that one rank updates as a whole. Of a rule on matrices it is a matrix. Elementwise rules have 128
+    numbers: were a share's length no multiple of a CPU's vectors, its last numbers would be rounded in another way.
+    The parameters become views of the buffer, which zeros pad to a multiple of world.size units. `shard` [n, *unit] is
+    this rank's share, whose states it alone holds; grads, its averaged gradients; grad_square, their sum of squares in
+    fp32, which is not finite where one of them is not.
     """
     def __init__(self, params: list[nn.Parameter], unit: tuple[int, ...], world: World, average: Callable):
         self.params, self.world, self.average = params, world, average
@@ -1067,11 +1067,9 @@ class Optimizer:
 
     One collective for each bank and direction: `python records/tools/bench/plan.py` prints order, bytes and padding.
     Gradients are exchanged all-to-all and averaged by their owner: the traffic of a reduce-scatter, but rounded once,
-    and identical whatever algorithm the library picks. Banks are disjoint, so their order is free; Snoo's step of a
-    group follows the group's update.
+    and identical whatever algorithm the library picks. Snoo's step of a group follows the group's update.
 
-    The last component of a parameter's name is its role, which selects its group. A group has a bank for each unit and
-    dtype.
+    The last part of a parameter's name is its role, which selects its group. A group has a bank a unit and dtype.
     """
     def __init__(self, model: nn.Module, config: Run, world: World, compiled: Callable = lambda function: function):
         """compiled: torch.compile on a GPU, the identity on a CPU."""
@@ -1086,17 +1084,16 @@ class Optimizer:
         average = compiled(average_ranks)
         self.banks: dict[str, Bank] = {}  # in the order of sending
         for group_name, roles, rule in config.groups:
-            alike: dict[tuple, list[tuple[str, nn.Parameter]]] = {}  # (role, parameter) by unit and dtype
-            for role in roles:
-                for p in by_role.get(role, []):
-                    unit = tuple(p.shape[-rule.unit_dims:]) if rule.unit_dims else (128,)
-                    alike.setdefault((unit, p.dtype), []).append((role, p))
+            alike: dict[tuple, dict[str, list[nn.Parameter]]] = {}  # by unit and dtype, then by role
+            for role, p in ((role, p) for role in roles for p in by_role.get(role, [])):
+                unit = tuple(p.shape[-rule.unit_dims:]) if rule.unit_dims else (128,)
+                alike.setdefault((unit, p.dtype), {}).setdefault(role, []).append(p)
             banks = []
-            for (unit, dtype), pairs in alike.items():
+            for (unit, _), params in alike.items():
                 # A group's only bank has its name, otherwise the names of its roles; a number where that is taken.
-                name = group_name if len(alike) == 1 else "_".join(dict.fromkeys(role for role, _ in pairs))
+                name = group_name if len(alike) == 1 else "_".join(params)
                 name = f"{name}_{len(self.banks)}" if name in self.banks else name
-                self.banks[name] = Bank([p for _, p in pairs], unit, world, average)
+                self.banks[name] = Bank([*chain(*params.values())], unit, world, average)
                 banks.append(self.banks[name])
             if banks:
                 self.groups.append((rule, compiled(rule.update) if rule.compiles else rule.update, banks))
@@ -1295,15 +1292,21 @@ class Clock:
     def __init__(self, world: World, seconds: float = 0.0):
         self.world, self.seconds, self.started = world, seconds, None
 
-    def _switch(self, on: bool) -> None:
-        if on != (self.started is not None):
-            if self.world.device.type == "cuda":
-                torch.cuda.synchronize()
-            if self.world.size > 1:
-                dist.barrier()
-            self.seconds, self.started = self.read_seconds(), time.perf_counter() if on else None
+    def start(self) -> None:
+        if self.started is None:
+            self._wait_for_all()
+            self.started = time.perf_counter()
 
-    start, stop = partialmethod(_switch, True), partialmethod(_switch, False)
+    def stop(self) -> None:
+        if self.started is not None:
+            self._wait_for_all()
+            self.seconds, self.started = self.read_seconds(), None
+
+    def _wait_for_all(self) -> None:
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+        if self.world.size > 1:
+            dist.barrier()
 
     def read_seconds(self) -> float:
         """Without waiting for the GPU, which may be some steps behind: exact only while stopped."""
@@ -1381,38 +1384,9 @@ class Watch:
         for step, (loss, *squares) in zip(asked, self.answer.tolist()):
             norms = {f"grad_norm_{name}": math.sqrt(square) for name, square in zip(self.banks, squares)}
             self.log(f"step:{step}/{self.config.num_iterations} {as_fields({'train_loss': loss} | norms, '.6g')}")
-            causes = ["loss", *(f"{name} gradient" for name in self.banks)]
-            bad = [cause for cause, x in zip(causes, (loss, *squares)) if not math.isfinite(x)]
-            if bad:
-                raise UserError(f"the {bad[0]} of step {step} was not finite: lower the rates, check the data.")
-
-    def read_all(self) -> None:
-        """Wait for all that was noted."""
-        self.read()
-        self.ask()
-        self.read()
-
-
-class StopSignals:
-    """Between enter and exit, a signal to stop is kept in `received`: the run can end after the step in progress.
-
-    SIGHUP is what a lost ssh session sends. A step that never ends, as one that waits for a rank that died, is left to
-    torchrun, which kills 30 s after its signal.
-    """
-    received = 0
-
-    def __enter__(self) -> "StopSignals":
-        self.before = {number: signal.signal(number, self._note)
-                       for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-                       if signal.getsignal(number) is not signal.SIG_IGN}  # as nohup sets it
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _) -> None:
-        self.received = number
+            for cause, x in zip(("loss", *(f"{name} gradient" for name in self.banks)), (loss, *squares)):
+                if not math.isfinite(x):
+                    raise UserError(f"the {cause} of step {step} was not finite: lower the rates, check the data.")
 
 
 def force_to_disk(path: Path) -> None:
@@ -1439,7 +1413,7 @@ class Checkpoints:
     """
     def __init__(self, config: Run, source: str, shards: list[Shard], run_id: str, seed: int, world: World):
         self.config, self.seed, self.world, self.last = config, seed, world, None
-        self.signals, self.stopped_by = StopSignals(), 0
+        self.received = self.stopped_by = 0  # signals to stop: this rank's, any rank's
         self.group = dist.new_group(backend="gloo") if world.size > 1 else None
         self.folder = Path("checkpoints") / self._gather(run_id)[0]
         self.made_by = {name: json.dumps(value, default=str) for name, value in asdict(config).items()}
@@ -1470,10 +1444,28 @@ class Checkpoints:
         if problems:
             raise UserError(problems[0])
 
+    def _note(self, number: int, _) -> None:
+        self.received = number
+
+    @contextlib.contextmanager
+    def signals_noted(self) -> Iterator[None]:
+        """Signals to stop are kept, so that the run can end after the step in progress; SIGHUP is a lost ssh session's.
+
+        A step that never ends, as one that waits for a dead rank, is torchrun's to kill, 30 s after its own signal.
+        """
+        numbers = [number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+                   if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup sets it
+        before = {number: signal.signal(number, self._note) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
     def due(self, step: int) -> bool:
         """Whether all ranks are to save after `step` steps. `stopped_by` is the signal that any received."""
         every, limit = self.config.checkpoint_every, 60 * self.config.checkpoint_minutes
-        told = self._gather((self.signals.received, 0 < limit <= time.monotonic() - self.saved_at))
+        told = self._gather((self.received, 0 < limit <= time.monotonic() - self.saved_at))
         self.stopped_by = max(number for number, _ in told)
         return self.stopped_by > 0 or any(late for _, late in told) or (every > 0 and step % every == 0)
 
@@ -1639,7 +1631,8 @@ def train(model: nn.Module, optimizer: Optimizer, loader: TrainLoader, val_shard
     first_step, seconds: what a resumed run has behind it. Returns the final validation loss. Raises UserError, on all
     ranks, where something is not finite or a signal ended the run.
     """
-    config, clock = model.config, Clock(world, seconds)
+    config = model.config
+    clock = Clock(world, seconds)
     num_tokens = sum(config.batch_tokens(step) for step in range(first_step))
     watch = Watch(optimizer.banks, config, world, log)
     progress = tqdm(total=config.num_iterations, initial=first_step, unit="step", disable=world.rank > 0 or None)
@@ -1649,7 +1642,9 @@ def train(model: nn.Module, optimizer: Optimizer, loader: TrainLoader, val_shard
         saves = checkpoints is not None and step > first_step and (checkpoints.due(step) or finished)
         if validates or saves:
             clock.stop()
-            watch.read_all()
+            watch.read()  # what was asked before, then all that was noted since
+            watch.ask()
+            watch.read()
         if saves:
             checkpoints.save(step, clock.seconds, optimizer)
             if checkpoints.stopped_by and not finished:
@@ -1721,7 +1716,8 @@ def compile_model(model: nn.Module, whole: bool, **options) -> None:
     (records/tools/bench/README.md).
     """
     options = dict(dynamic=False, fullgraph=True) | options
-    # torch's caches know an operation by its name: where what it gives is edited, they would return the old graph.
+    # torch's caches know an operation by its name and would return the graph of one that has been edited. So the key
+    # holds the section of this file that defines operations, and no more: an edited recipe keeps its graphs.
     operations = Path(__file__).read_text().split("\n# Kernels:")[1].split("\n# Attention:")[0]
     torch.compiler.config.cache_key_tag = hashlib.sha256(operations.encode()).hexdigest()
     # Enough for a graph for training and one for validation of every kind of block, and one of every kind of bank.
@@ -1768,10 +1764,7 @@ def describe_run(config: Run, train_shards: list[Shard], seed: int, world: World
 
 
 def read_sources(config: Run, script: str | None = None) -> str:
-    """Of the script that was started, of the recipe and of the machine: each file once, all but the first with a name.
-
-    script: its file, where it only passes presets of another file's recipe.
-    """
+    """Of the script that was started (by default the recipe's), the recipe and the machine, each once."""
     recipe = sys.modules[type(config).__module__].__file__
     first, *others = dict.fromkeys(Path(file).resolve() for file in (script or recipe, recipe, __file__))
     named = [f"\n{'=' * 100}\n# {path.name}\n{path.read_text()}" for path in others]
@@ -1783,7 +1776,8 @@ def main(config: Run, resume_from: str | None = None, script: str | None = None)
 
     resume_from: the folder of a checkpoint, or of a run, whose last checkpoint is meant. script: see read_sources.
     """
-    source, run_id = read_sources(config, script), str(uuid.uuid4())
+    source = read_sources(config, script)
+    run_id = str(uuid.uuid4())
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     world = find_world(config)
     train_shards, val_shard = find_shards(config)
@@ -1792,7 +1786,9 @@ def main(config: Run, resume_from: str | None = None, script: str | None = None)
         # NCCL's own 10 minutes end the run where one rank's compiler cache is empty and the others' are not.
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=world.device if on_gpu else None,
                                 timeout=timedelta(hours=1))
-    saved, checkpoints, resumed = dict(step=0, seconds=0.0, seed=draw_seed(config, world)), None, ""
+    saved = dict(step=0, seconds=0.0, seed=draw_seed(config, world))
+    checkpoints = None
+    resumed = ""
     if config.checkpoint_every or config.checkpoint_minutes or resume_from:
         checkpoints = Checkpoints(config, source, [*train_shards, val_shard], run_id, saved["seed"], world)
     if resume_from:
@@ -1822,7 +1818,7 @@ def main(config: Run, resume_from: str | None = None, script: str | None = None)
         checkpoints.restore(saved, optimizer)
     loader = TrainLoader(train_shards, config, world, first_step=saved["step"])
     try:
-        with checkpoints.signals if checkpoints else contextlib.nullcontext():
+        with checkpoints.signals_noted() if checkpoints else contextlib.nullcontext():
             val_loss = train(model, optimizer, loader, val_shard, world, log, checkpoints, saved["step"],
                              saved["seconds"])
     except UserError as error:
@@ -1844,33 +1840,18 @@ def choose_config(presets: dict[str, Callable[[], Run]], arguments: list[str]) -
     preset = arguments[0] if arguments else next(iter(presets))
     if len(arguments) > 1 or preset not in presets:
         raise UserError(f"{' '.join(arguments)!r} is not a preset: choose one of {', '.join(presets)}.")
-    config = make_config(presets[preset])
+    config = presets[preset]()
     return replace(config, data_dir=os.environ.get("DATA_PATH") or config.data_dir)
 
 
-def make_config(make: Callable[[], Run]) -> Run:
-    """A preset's constants. Raises UserError, with the nearest name, where a partial(Config, ...) has a wrong one."""
-    known = [item.name for item in fields(make.func)] if isinstance(make, partial) else []
-    for name in (make.keywords.keys() - known if known else ()):
-        nearest, = difflib.get_close_matches(name, known, n=1, cutoff=0)
-        raise UserError(f"{name} is no constant of {make.func.__name__}; the nearest is {nearest}.")
-    return make()
-
-
 def start(presets: dict[str, Callable[[], Run]]) -> None:
-    """A recipe's command line: train the preset that it names. Exits with status 1 and one sentence on a UserError.
-
-    --presets instead prints a line for each: its name, the device that it needs, and its constants.
-    """
+    """A recipe's command line: train the preset that it names. Exits with status 1 and one sentence on a UserError."""
     try:
-        if sys.argv[1:] == ["--presets"]:
-            for name, config in [(name, make_config(make)) for name, make in presets.items()]:
-                print(name, "gpu" if config.needs_gpu else "cpu", repr(config), sep="\t")
-            return
         main(choose_config(presets, sys.argv[1:]), os.environ.get("RESUME_FROM"), sys.modules["__main__"].__file__)
     except UserError as error:
+        # Ranks that find the same say it once: torchrun's store counts them, and only the first prints the sentence.
         said_before = 0
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's store counts the ranks that say it
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             with contextlib.suppress(Exception):
                 said_before = next(dist.rendezvous("env://"))[0].add(str(error), 1) - 1
         sys.exit(f"error: {error}" if not said_before else 1)

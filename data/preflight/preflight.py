@@ -284,7 +284,20 @@ def report(preset: str) -> list[Line]:
     ]
 
 
+def print_presets() -> None:
+    """Those of the script, a line each: name, gpu or cpu, constants."""
+    try:
+        configs = {name: make() for name, make in load_script().PRESETS.items()}
+    except Exception as error:  # its constants are made to be edited
+        sys.exit(f"preflight: the script's presets cannot be read: {error}")
+    for name, config in configs.items():
+        print(name, "gpu" if config.needs_gpu else "cpu", repr(config), sep="\t")
+
+
 def main() -> None:
+    if sys.argv[1:] == ["--presets"]:
+        print_presets()
+        return
     preset = sys.argv[1] if len(sys.argv) > 1 else "medium" if list_gpus() else "tiny"
     print(f"checking this machine for the preset {preset}")
     lines = report(preset)

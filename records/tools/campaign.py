@@ -4,6 +4,7 @@ A side is a preset of the trainer (baseline), a script (*.py), or CONSTANT=value
 or, for B, of the script and preset that A names. Edits become a script of a few lines, beside a copy of what they edit.
 """
 import ast
+import difflib
 import os
 import re
 import shutil
@@ -99,7 +100,12 @@ def ask_constants(side: Side, launcher: Path) -> str:
         process = start_launcher(launcher, side.write(Path(folder) / "side"), "--presets")
         lines = process.communicate()[0].splitlines() or [""]
     if process.returncode:
-        raise RecordError(f"{side.script.name} cannot run {side.edits or side.preset}: {lines[-1]}")
+        wrong = re.search(r"unexpected keyword argument '(\w+)'", lines[-1])
+        if not (wrong and side.edits):
+            raise RecordError(f"{side.script.name} cannot run {side.edits or side.preset}: {lines[-1]}")
+        known = re.findall(r"\b(\w+)=", ask_constants(side._replace(edits=""), launcher))
+        nearest = " or ".join(difflib.get_close_matches(wrong[1], known, n=1, cutoff=0))
+        raise RecordError(f"{wrong[1]} is no constant of {side.script.name}; the nearest is {nearest}.")
     presets = {name: constants for name, *_, constants in (line.split("\t") for line in lines if "\t" in line)}
     if side.preset not in presets:
         raise RecordError(f"{side.preset} is no preset of {side.script}: choose one of {', '.join(presets)}.")

@@ -220,7 +220,6 @@ def test_without_checkpoints_a_step_does_nothing_for_them(config, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(tgm, "Clock", Watched)
         patch.setattr(tgm.Checkpoints, "__init__", never)
-        patch.setattr(tgm.StopSignals, "__init__", never)
         off = operations_of_steps(config, monkeypatch, run(None))
     assert off == plain and len(plain) > 1000
     assert switches == [False, True, False]  # made; started before the first step, stopped after the last: these wait

@@ -37,7 +37,9 @@ def test_figures_are_logged_and_the_first_cause_told_one_look_later_or_when_aske
         assert lines == []  # no step has waited
         with pytest.raises(tgm.UserError, match=sentence) if sentence else contextlib.nullcontext():
             if asked:
-                watch.read_all()
+                watch.read()
+                watch.ask()
+                watch.read()
             else:
                 watch.note(2 * EVERY, torch.tensor(1.0), [torch.tensor(1.0)])
         last = min(step for step in (*values, EVERY) if sentence or step == EVERY)
