@@ -1776,8 +1776,7 @@ def main(config: Run, resume_from: str | None = None, script: str | None = None)
 
     resume_from: the folder of a checkpoint, or of a run, whose last checkpoint is meant. script: see read_sources.
     """
-    source = read_sources(config, script)
-    run_id = str(uuid.uuid4())
+    source, run_id = read_sources(config, script), str(uuid.uuid4())
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     world = find_world(config)
     train_shards, val_shard = find_shards(config)
@@ -1787,8 +1786,7 @@ def main(config: Run, resume_from: str | None = None, script: str | None = None)
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=world.device if on_gpu else None,
                                 timeout=timedelta(hours=1))
     saved = dict(step=0, seconds=0.0, seed=draw_seed(config, world))
-    checkpoints = None
-    resumed = ""
+    checkpoints, resumed = None, ""
     if config.checkpoint_every or config.checkpoint_minutes or resume_from:
         checkpoints = Checkpoints(config, source, [*train_shards, val_shard], run_id, saved["seed"], world)
     if resume_from:

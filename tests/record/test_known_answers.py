@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 import plain_twin
 import train_gpt_medium as tgm
+from test_pieces import difference_of_halves
 from helpers import DEVICE, as_window, golden, golden_weights, random_ids, randomise, relative, small_config
 
 CASES = [pytest.param(case["config"], answer, id=f"{case['config']['name']}-{answer['window_blocks']}")
@@ -121,6 +122,16 @@ def test_only_smear_mtp_reaches_the_next_position_and_across_a_border(preset, re
     changed[149] = 7
     before, after = (model.latents(x, as_window(2)) for x in (ids, changed))
     assert (before != after).any(1).nonzero().flatten().tolist() == reached
+
+
+@pytest.mark.parametrize("preset", ["medium", "baseline"])
+def test_where_a_document_begins_a_border_cuts_smear_mtp_alone(preset):
+    config = small_config(preset, dtype=torch.float32, seq_len=512)
+    ids = random_ids(512, config, mean_doc=60)
+    ids[256] = 256
+    # Rotary angles are those of other positions: fp32 rounding of the angle (2^-24 of up to 512) and of all layers.
+    different = (difference_of_halves(config, ids) > 1e-4).nonzero().flatten().tolist()
+    assert different == ([256] if config.smear_mtp else [])
 
 
 def test_rotary_and_loss_round_where_the_record_rounds():

@@ -12,6 +12,7 @@ import train_gpt_medium as tgm
 import weights
 from helpers import ALONE, RECORDS, as_window, randomise, small_config, train_few_layers
 
+pytestmark = pytest.mark.record  # which looks back by one token, also across a border
 CHECKS = ["suffix", "documents", "probabilities", "validation", "warm-up"]
 
 
