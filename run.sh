@@ -12,7 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 usage() {
     cat <<'TEXT'
-usage: ./run.sh [medium|baseline|short|tiny|small]
+usage: ./run.sh [PRESET]
 
 Sets up Python, looks at the hardware and trains. It says what it will do first, and it is safe to run again.
   no GPU    makes shards from text that Python carries and trains `tiny`: 2 to 4 minutes on 2 cores
@@ -25,6 +25,9 @@ The shards: the preset's folder below data/, or the folder that DATA_PATH names.
 The script: train_gpt_medium.py, or the one that TRAIN_SCRIPT names (an edited copy of it, for comparisons).
 Paths are meant from the folder in which you are.
 
+A preset is one of the script's: medium, baseline, short, tiny and small, or one of your own.
+
+  ./run.sh --presets         list them: name, gpu or cpu, constants
   ./run.sh --check [PRESET]  only look: GPUs, driver, torch, all-reduce, memory, shards, disks, duration
   ./run.sh --python [FILE]   only set up Python (for FILE instead of requirements.txt) and print its interpreter
 TEXT
@@ -86,9 +89,9 @@ train_on_cpu() {
     local python=$1 preset=$2 data=${DATA_PATH:-data/text} output log first last shards
     shards=$(ls "$data"/*_train_*.bin 2>/dev/null || true)
     if [ -n "$shards" ]; then
-        echo "I will train the preset $preset (all 16 layers, width 128) on the shards in $data:"
+        echo "I will train the preset $preset on the shards in $data:"
     else
-        echo "I will make shards of Python's own documentation in $data and train the preset $preset (16 layers, width 128):"
+        echo "I will make shards of Python's own documentation in $data and train the preset $preset:"
     fi
     "$python" data/preflight/preflight.py "$preset"
     [ -n "$shards" ] || "$python" data/shards.py text "$data"
@@ -124,10 +127,17 @@ case "${1:-}" in
     --check)
         python=$(set_up_python requirements.txt)
         exec "$python" data/preflight/preflight.py ${2:+"$2"} ;;
-    "" | medium | baseline | short | tiny | small)
+    --presets)
         python=$(set_up_python requirements.txt)
+        exec "$python" data/preflight/preflight.py --presets ;;
+    -*) usage >&2; die "'$1' is not an option." ;;
+    *)
+        python=$(set_up_python requirements.txt)
+        presets=$("$python" data/preflight/preflight.py --presets | cut -f 1,2)
+        [ -z "${1:-}" ] || cut -f 1 <<<"$presets" | grep -qx -- "$1" ||
+            die "'$1' is not a preset of $script: choose one of $(cut -f 1 <<<"$presets" | paste -sd ' ')."
         gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-        on_cpu=$(case "${1:-}" in tiny | small) echo yes ;; esac)
+        on_cpu=$(grep -x -- "${1:-}"$'\t'cpu <<<"$presets" || true)
         if [ "$gpus" = 0 ] && [ ! "$on_cpu" ] && sees_gpus "$python"; then
             echo "nvidia-smi sees GPUs that torch does not:"
             "$python" data/preflight/preflight.py "${1:-medium}"
@@ -139,5 +149,4 @@ case "${1:-}" in
         else
             train_on_gpus "$python" "$gpus" "${1:-medium}"
         fi ;;
-    *) usage >&2; die "'$1' is not a preset." ;;
 esac

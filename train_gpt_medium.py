@@ -24,7 +24,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import uuid
 import zipfile
@@ -33,7 +32,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import partial, partialmethod
+from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,6 +72,7 @@ class Run:
     stages: "tuple[Stage, ...]" = field(default_factory=lambda: STAGES)
     groups: "tuple[Group, ...]" = field(default_factory=lambda: GROUPS)
     snoo: "Snoo | None" = field(default_factory=lambda: Snoo())  # the outer optimizer
+    clip_norm: float | None = None  # of all averaged gradients together; with it, every update waits for all of them
     # data
     data_dir: str = "data/fineweb10B"
     shard_prefix: str = "fineweb"  # of the files' names, where data_dir is still empty
@@ -89,16 +89,16 @@ class Run:
     # run
     seed: int | None = None  # None: drawn at random and logged, so that runs are independent samples
     needs_gpu: bool = True
-    warmup_steps: int = 4  # untimed, on random tokens; parameters and states are restored after them
+    kernel_warmup_steps: int = 4  # untimed, on random tokens; parameters and states are restored after them
     coordinate_descent_tuning: bool = True  # one graph, tuned kernels: faster steps for minutes of compilation
-    watch_every: int = 16  # steps between checks for NaN and inf
+    watch_every: int = 16  # steps between looks at losses and gradient norms: for the log, and for NaN and inf
     # Checkpoints every so many steps, or minutes; 0: never. With either, or in a resumed run, the last step and a
     # signal to stop save one too.
     checkpoint_every: int = 0
     checkpoint_minutes: float = 0.0
-    stop_limit_s: float = 20  # for the step in progress, after a signal to stop; torchrun kills after 30
 
-    may_be_zero = ("doc_token", "seed", "warmup_steps", "checkpoint_every", "checkpoint_minutes")
+    # Every other number must be positive.
+    may_be_zero = ("doc_token", "seed", "kernel_warmup_steps", "checkpoint_every", "checkpoint_minutes")
 
     def __post_init__(self):
         for item in fields(self):
@@ -110,8 +110,9 @@ class Run:
                 raise UserError(f"Config: {sentence}.")
 
     def checks(self) -> list[tuple[bool, str]]:
-        """Conditions on the constants, each with the sentence that says what is wrong."""
-        ends, roles = [0.0, *(stage.until for stage in self.stages)], [r for group in self.groups for r in group.roles]
+        """Conditions on the constants, each with the sentence that says what is wrong; a recipe adds its own."""
+        ends = [0.0, *(stage.until for stage in self.stages)]
+        roles = [role for group in self.groups for role in group.roles]
         return [
             (self.seq_len % BLOCK_SIZE == 0, f"seq_len {self.seq_len} is not a multiple of {BLOCK_SIZE}"),
             (self.seq_len % self.piece_len == 0 and self.piece_len % BLOCK_SIZE == 0,
@@ -124,6 +125,7 @@ class Run:
             (all(stage.num_slices > 0 for stage in self.stages), "a stage's num_slices is not positive"),
             (len(set(roles)) == len(roles), f"{max(roles, key=roles.count, default='')} is a role in two groups"),
             (len({group.name for group in self.groups}) == len(self.groups), "two groups have the same name"),
+            (all(group.name.isidentifier() for group in self.groups), "a group's name, a field of the log, is no word"),
             (not self.snoo or self.snoo.every > 0, "Snoo's `every` is not positive"),
         ]
 
@@ -144,6 +146,10 @@ class Run:
     def batch_tokens(self, step: int) -> int:
         return self.stage(step).num_slices * self.seq_len
 
+    def step_fields(self, step: int) -> dict[str, float]:
+        """What the log's line of a step shows of it, besides times and tokens; a recipe may add to it."""
+        return self.model_inputs(step)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Run):
@@ -158,6 +164,7 @@ class Config(Run):
     rotary_base: float = 1024.0
     rotary_share: float = 0.5  # of a head's channels; the others never rotate
     logit_softcap: float = 15.0
+    fused_head: bool = True  # GPT.loss by the machine's kernel, in less memory; False: as GPT.loss is written
     init_scale: float = 0.5  # of 1/sqrt(C), as a standard deviation
     dtype: torch.dtype = torch.bfloat16  # of weights, activations and Newton-Schulz; float32 in exact tests
     val_loss_chunks: int = 4  # the logits of a whole piece of validation do not fit
@@ -173,12 +180,12 @@ class Config(Run):
     may_be_zero = (*Run.may_be_zero, "backout_from", "rotary_share", "flat_share", "final_lr_factor", "momentum_start")
 
     def checks(self) -> list[tuple[bool, str]]:
-        tables, layers = sorted({layer.value_embed for layer in self.layers} - {None}), list(enumerate(self.layers))
+        tables = sorted({layer.value_embed for layer in self.layers} - {None})
         return super().checks() + [
             (self.rotary_share <= 1 and self.head_dim % 2 == 0 and self.rotary_share * self.head_dim % 2 == 0,
              f"rotary_share {self.rotary_share} of head_dim {self.head_dim} is not an even number of channels"),
             (self.val_piece_len % self.val_loss_chunks == 0, "val_loss_chunks does not divide val_seq_len's pieces"),
-            (all(layer.skip_from is None or 0 <= layer.skip_from < i for i, layer in layers),
+            (all(layer.skip_from is None or 0 <= layer.skip_from < i for i, layer in enumerate(self.layers)),
              "a layer skips from itself or a later one"),
             (tables == list(range(len(tables))), f"the layers' value_embeds {tables} are not 0, 1, 2, ..."),
             (all(layer.attention or layer.value_embed is None for layer in self.layers),
@@ -220,14 +227,22 @@ class Layer(NamedTuple):
 # Long windows and value embeddings at both ends, U-net skips in the middle [@KoszarskyB, modded-nanogpt];
 # no attention in layer 7 [@YouJiacheng, modded-nanogpt].
 LAYERS = (
-    # 0 to 3
-    Layer(value_embed=0, long_window=True), Layer(value_embed=1), Layer(value_embed=2), Layer(value_embed=3),
-    # 4 to 7
-    Layer(value_embed=4, long_window=True), Layer(), Layer(), Layer(attention=False),
-    # 8 to 11
-    Layer(), Layer(skip_from=6), Layer(skip_from=4), Layer(skip_from=2, value_embed=0, long_window=True),
-    # 12 to 15
-    Layer(value_embed=1), Layer(value_embed=2), Layer(value_embed=3), Layer(value_embed=4, long_window=True),
+    Layer(value_embed=0, long_window=True),  # 0
+    Layer(value_embed=1),  # 1
+    Layer(value_embed=2),  # 2
+    Layer(value_embed=3),  # 3
+    Layer(value_embed=4, long_window=True),  # 4
+    Layer(),  # 5
+    Layer(),  # 6
+    Layer(attention=False),  # 7
+    Layer(),  # 8
+    Layer(skip_from=6),  # 9
+    Layer(skip_from=4),  # 10
+    Layer(skip_from=2, value_embed=0, long_window=True),  # 11
+    Layer(value_embed=1),  # 12
+    Layer(value_embed=2),  # 13
+    Layer(value_embed=3),  # 14
+    Layer(value_embed=4, long_window=True),  # 15
 )
 
 
@@ -247,7 +262,8 @@ STAGES = (Stage(until=1.0, num_slices=8),)
 
 def lr_factor(step: int, config: Config) -> float:
     """Flat, then linear down to final_lr_factor at the end of the run; times the stage's factor."""
-    progress, stage_factor = step / config.num_iterations, config.stage(step).lr_factor
+    progress = step / config.num_iterations
+    stage_factor = config.stage(step).lr_factor
     if progress < config.flat_share:
         return stage_factor
     remaining = (1 - progress) / (1 - config.flat_share)
@@ -339,7 +355,7 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """The record's model: layers by the plan, value embeddings, skips, backout, Smear-MTP."""
-    compiled_alone = ("embed", "blocks", "finish")  # unless the model compiles as one graph
+    compiled_alone = ("embed", "blocks", "finish", "loss")  # unless the model compiles as one graph
 
     def __init__(self, config: Config):
         super().__init__()
@@ -365,10 +381,20 @@ class GPT(nn.Module):
         embed1, embed2, *value_embeds = Embed.apply(self.embeds, ids)
         return norm(embed1), norm(embed2), *value_embeds
 
-    def finish(self, x: Tensor, middle: Tensor) -> Tensor:
-        """Outputs of the last and of the backout layer -> the head's input, each [T, C]."""
+    def finish(self, x: Tensor, middle: Tensor, ids: Tensor) -> Tensor:
+        """Outputs of the last and of the backout layer, each [T, C] -> the head's input [T, C]. ids: [T], unused."""
         x = self.backout_lambdas[0] * norm(x) + self.backout_lambdas[1] * norm(middle)
         return smear(x, self.smear_lambda) if self.config.smear_mtp else x
+
+    def loss(self, latents: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats, fp32, over all rows of the head. latents [T, C], targets [T].
+
+        An edit of it needs fused_head = False. It is validation's loss too: what only training is to minimise, such as
+        a z-loss, goes under `if torch.is_grad_enabled()`.
+        """
+        softcap = self.config.logit_softcap
+        z = (latents @ self.lm_head.to(latents.dtype).mT).float()
+        return F.cross_entropy(softcap * z * torch.rsqrt(z.square() + softcap ** 2), targets)
 
     def latents(self, ids: Tensor, window_blocks: Tensor) -> Tensor:
         """ids [T] integer, window_blocks zero-dim integer -> the head's input [T, C], smeared."""
@@ -384,16 +410,16 @@ class GPT(nn.Module):
             x = block(x, x00, x01, value_embed, self.block_lambdas[i], self.attn_lambdas[i], self.rotary,
                       long_mask if layer.long_window else short_mask)
             outputs.append(x)
-        return self.finish(x, outputs[self.config.backout_from])
+        return self.finish(x, outputs[self.config.backout_from], ids)
 
     def forward(self, ids: Tensor, targets: Tensor, window_blocks: Tensor) -> Tensor:
         """Mean cross-entropy in nats (fp32). ids: [T] integer, targets: [T] int64, window_blocks: zero-dim integer."""
-        latents, head = self.latents(ids, window_blocks), self.lm_head.to(self.config.dtype)
-        softcap, chunks = self.config.logit_softcap, self.config.val_loss_chunks
-        if torch.is_grad_enabled():
-            return HeadLoss.apply(latents, head, targets, softcap)
-        return torch.cat([cross_entropy(y @ head.mT, t, softcap, False)
-                          for y, t in zip(latents.chunk(chunks), targets.chunk(chunks))]).mean()
+        chunks = 1 if torch.is_grad_enabled() else self.config.val_loss_chunks
+        latents = self.latents(ids, window_blocks)
+        if self.config.fused_head:
+            head = self.lm_head.to(self.config.dtype)
+            return fused_head_loss(latents, head, targets, self.config.logit_softcap, chunks)
+        return torch.stack([self.loss(y, t) for y, t in zip(latents.chunk(chunks), targets.chunk(chunks))]).mean()
 
     def report(self) -> dict[str, float]:
         """The learned scalars that a validation line of the log shows."""
@@ -528,7 +554,8 @@ GROUPS = (
 # For a CPU, on bytes. fp32: a CPU without AVX-512 multiplies bf16 matrices ten times slower.
 ON_CPU = partial(Config, data_dir="data/text", shard_prefix="text", vocab_size=257, doc_token=256, seq_len=512,
                  num_heads=4, head_dim=32, dtype=torch.float32, max_window=4 * 128, snoo=Snoo(every=14),
-                 val_tokens=2**14, val_seq_len=2**11, needs_gpu=False, warmup_steps=1, coordinate_descent_tuning=False)
+                 val_tokens=2**14, val_seq_len=2**11, needs_gpu=False, kernel_warmup_steps=1,
+                 coordinate_descent_tuning=False)
 
 PRESETS = {  # made and checked when they are chosen
     "medium": Config,
@@ -546,7 +573,8 @@ PRESETS = {  # made and checked when they are chosen
 # ======================================================================================================================
 # All that it takes from a recipe, this file's or one that imports this file:
 #   Run    the constants. A recipe derives its own class, which adds constants of its own, and overrides make_model()
-#          and model_inputs(step): numbers by name, passed to the model as zero-dim tensors, and written to the log.
+#          and model_inputs(step): numbers by name, passed to the model as zero-dim tensors, and written to the log;
+#          step_fields(step) writes further ones there.
 #   Stage  a row of Run.stages: `until` and `num_slices`; further columns are the recipe's.
 #   Group  a row of Run.groups: a name, roles, and a rule that updates the parameters of these roles:
 #            unit_dims: how many trailing dimensions ranks never divide; compiles: is update compiled on a GPU?
@@ -622,9 +650,8 @@ def cross_entropy_kernel(logits, targets, losses, num_rows, num_columns, softcap
 def cross_entropy(logits: Tensor, targets: Tensor, softcap: float, with_grad: bool) -> Tensor:
     """Softcapped cross-entropy of logits [T, V], not yet capped, and targets [T]: losses [T] in nats, fp32.
 
-    with_grad: the logits are overwritten by the gradient of the mean loss. They are read from memory once: a program
-    takes one row at a time, and so few programs run that their rows (100 KB each) are still in the L2 cache for the
-    second loop. No fp32 copy is made. The plain version reads or writes all logits 3 times, this one twice.
+    with_grad: the logits are overwritten by the gradient of the mean loss. They are read from memory once: so few
+    programs run, each on one row (100 KB), that these are still in the L2 cache for the second loop.
     """
     assert logits.is_contiguous()
     if runs_kernels(logits):
@@ -646,10 +673,7 @@ cross_entropy.register_fake(lambda logits, *_: logits.new_empty(len(logits), dty
 
 
 class HeadLoss(torch.autograd.Function):
-    """Mean loss of latents [T, C] under the head [V, C].
-
-    The forward pass computes both gradients, so that the logits, the largest tensor of all, are freed when it returns.
-    """
+    """fused_head_loss in training: forward computes both gradients, and frees the logits, the largest tensor of all."""
     @staticmethod
     def forward(ctx, latents: Tensor, head: Tensor, targets: Tensor, softcap: float) -> Tensor:
         logits = latents @ head.mT
@@ -661,6 +685,14 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         latents_grad, head_grad = ctx.saved_tensors
         return latents_grad * grad, head_grad * grad, None, None
+
+
+def fused_head_loss(latents: Tensor, head: Tensor, targets: Tensor, softcap: float, chunks: int) -> Tensor:
+    """Mean softcapped cross-entropy of latents [T, C] under the head [V, C]; without gradients, in chunks of the T."""
+    if torch.is_grad_enabled():
+        return HeadLoss.apply(latents, head, targets, softcap)
+    return torch.cat([cross_entropy(y @ head.mT, t, softcap, False)
+                      for y, t in zip(latents.chunk(chunks), targets.chunk(chunks))]).mean()
 
 
 @kernel
@@ -694,7 +726,8 @@ def launch_mlp_gemm(a: Tensor, b: Tensor, post: Tensor | None) -> Tensor:
     assert a.is_contiguous() and b.is_contiguous()
     (M, K), N = a.shape, b.size(0 if post is None else 1)
     out = torch.empty(M, N, dtype=a.dtype, device=a.device)
-    BLOCK_M, BLOCK_N, BLOCK_K, in_blocks = 128, 256, 64, TensorDescriptor.from_tensor
+    BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64
+    in_blocks = TensorDescriptor.from_tensor
     out_desc = in_blocks(out, [BLOCK_M, BLOCK_N // 2])
     mlp_gemm_kernel[(min(num_multiprocessors(a.device), triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N)),)](
         in_blocks(a, [BLOCK_M, BLOCK_K]), in_blocks(b, [BLOCK_N, BLOCK_K] if post is None else [BLOCK_K, BLOCK_N]),
@@ -810,13 +843,15 @@ def symmetric_product(x: Tensor, scale: float, x_scale: float) -> Tensor:
     The kernel computes the tiles on and below the diagonal and mirrors them: 36 of 64 for 1024 rows.
     From [@byronxu99, modded-nanogpt].
     """
-    (n, num_rows, K), BLOCK, BLOCK_K = x.shape, 128, 64
+    n, num_rows, K = x.shape
+    BLOCK, BLOCK_K = 128, 64
     if not runs_kernels(x, HOPPER_SHARED_BYTES) or num_rows % BLOCK or K % BLOCK_K:
         return (scale * x) @ x + x_scale * x if x_scale else (scale * x) @ x.mT
     assert x.is_contiguous()
-    out, in_blocks = x.new_empty(n, num_rows, num_rows), TensorDescriptor.from_tensor
-    x_flat, out_flat, tiles = x.view(-1, K), out.view(-1, num_rows), num_rows // BLOCK
-    symmetric_product_kernel[(tiles, tiles, n)](
+    in_blocks = TensorDescriptor.from_tensor
+    out = x.new_empty(n, num_rows, num_rows)
+    x_flat, out_flat = x.view(-1, K), out.view(-1, num_rows)
+    symmetric_product_kernel[(num_rows // BLOCK, num_rows // BLOCK, n)](
         in_blocks(x_flat, [BLOCK, BLOCK_K]), in_blocks(x_flat, [BLOCK, BLOCK]), in_blocks(out_flat, [BLOCK, BLOCK]),
         num_rows, K, scale, x_scale, ADD_X=x_scale != 0, BLOCK=BLOCK, BLOCK_K=BLOCK_K, num_warps=8, num_stages=4)
     return out
@@ -854,6 +889,7 @@ def block_lists(num_visible_B: Tensor, num_full_B: Tensor, direction: int, w: Te
     """
     block = torch.arange(len(num_visible_B), device=w.device, dtype=torch.int32)
     num_partial_B = torch.minimum(num_visible_B - num_full_B, (w - num_full_B).clamp_min(1))
+    # At distance 0, and then, beyond the full ones, from num_full + 1 on.
     partial_BB = block[:, None] + direction * (block + torch.where(block > 0, num_full_B[:, None], 0))
     full_BB = block[:, None] + direction * (block + 1)
     return (num_partial_B, partial_BB.clamp(0, len(block) - 1),
@@ -901,16 +937,17 @@ def attention_masks(ids_T: Tensor, windows: tuple[Tensor, ...], doc_token: int) 
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, scale: float, kernel_options: dict) -> Tensor:
-    """Softmax attention, [1, T, H, D] -> [1, T, H, D].
+    """Softmax attention, [1, T, H, D] -> [1, T, H, D]. k and v may have fewer heads: each then serves several of q's.
 
     A BlockMask goes to FlexAttention with its kernel_options, which must be compiled: eager FlexAttention ignores block
     lists. A dense [T, T] mask goes to torch's own attention: FlexAttention has no backward on a CPU.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    grouped = q.size(1) != k.size(1)
     if isinstance(mask, BlockMask):
-        y = flex_attention(q, k, v, block_mask=mask, scale=scale, kernel_options=kernel_options)
+        y = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped, kernel_options=kernel_options)
     else:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
     return y.transpose(1, 2)
 
 
@@ -962,10 +999,11 @@ def average_ranks(parts: Tensor) -> Tensor:
 class Bank:
     """Parameters of one rule and one unit, end to end in one buffer that divides evenly among the ranks.
 
-    The parameters become views of the buffer. `shard` [n, *unit] is this rank's share: it updates that and alone holds
-    its states. unit: the shape that is never split across ranks, a matrix or 128 numbers (so that no share ends in a
-    loop's remainder, which a CPU rounds differently). Zeros pad the buffer to a multiple of world.size units.
-    grad_sum: sum of the shard's averaged gradients, fp32, zero-dim: not finite where one of them is not.
+    unit: the shape that one rank updates as a whole. Of a rule on matrices it is a matrix. Elementwise rules have 128
+    numbers: were a share's length no multiple of a CPU's vectors, its last numbers would be rounded in another way.
+    The parameters become views of the buffer, which zeros pad to a multiple of world.size units. `shard` [n, *unit] is
+    this rank's share, whose states it alone holds; grads, its averaged gradients; grad_square, their sum of squares in
+    fp32, which is not finite where one of them is not.
     """
     def __init__(self, params: list[nn.Parameter], unit: tuple[int, ...], world: World, average: Callable):
         self.params, self.world, self.average = params, world, average
@@ -993,14 +1031,15 @@ class Bank:
             self.received = torch.empty_like(grads)
             self.work = dist.all_to_all_single(self.received, grads, async_op=True)
 
-    def average_grads(self) -> Tensor:
-        """This rank's share of the gradients, averaged over the ranks, in the shape of `shard`."""
+    def average_grads(self) -> None:
+        """Average this rank's share of the gradients over the ranks, once they have arrived."""
         self.wait()
         received, self.received = self.received, None
         if self.world.size > 1:
             received = self.average(received.view(self.world.size, -1))
-        self.grad_sum = received.sum(dtype=torch.float32)
-        return received.view_as(self.shard)
+        self.grads = received.view_as(self.shard)
+        # By rows first: a CPU would add all numbers up one after the other. Without a copy in fp32.
+        self.grad_square = torch.linalg.vector_norm(self.grads, dim=-1, dtype=torch.float32).square().sum()
 
     def send_params(self) -> None:
         """Send this rank's updated parameters to all."""
@@ -1022,16 +1061,15 @@ class Optimizer:
     A step has three phases on every rank; on one rank nothing is sent.
     1. All banks' gradients are sent to the ranks that own them, at once, in the order of the groups.
     2. As they arrive, in the same order, a group's shards are updated and sent to all: updates overlap with the
-       gradients still arriving and the parameters being sent.
+       gradients still arriving and the parameters being sent. With clip_norm, all gradients are awaited before the
+       first update, and one more collective of 4 bytes adds up their squares.
     3. The parameters that arrive last are waited for.
 
     One collective for each bank and direction: `python records/tools/bench/plan.py` prints order, bytes and padding.
     Gradients are exchanged all-to-all and averaged by their owner: the traffic of a reduce-scatter, but rounded once,
-    and identical whatever algorithm the library picks. Banks are disjoint, so their order is free; Snoo's step of a
-    group follows the group's update.
+    and identical whatever algorithm the library picks. Snoo's step of a group follows the group's update.
 
-    The last component of a parameter's name is its role, which selects its group. A group has a bank for each unit and
-    dtype.
+    The last part of a parameter's name is its role, which selects its group. A group has a bank a unit and dtype.
     """
     def __init__(self, model: nn.Module, config: Run, world: World, compiled: Callable = lambda function: function):
         """compiled: torch.compile on a GPU, the identity on a CPU."""
@@ -1046,16 +1084,16 @@ class Optimizer:
         average = compiled(average_ranks)
         self.banks: dict[str, Bank] = {}  # in the order of sending
         for group_name, roles, rule in config.groups:
-            alike: dict[tuple, list[tuple[str, nn.Parameter]]] = {}  # (role, parameter) by unit and dtype
-            for role in roles:
-                for p in by_role.get(role, []):
-                    unit = tuple(p.shape[-rule.unit_dims:]) if rule.unit_dims else (128,)
-                    alike.setdefault((unit, p.dtype), []).append((role, p))
+            alike: dict[tuple, dict[str, list[nn.Parameter]]] = {}  # by unit and dtype, then by role
+            for role, p in ((role, p) for role in roles for p in by_role.get(role, [])):
+                unit = tuple(p.shape[-rule.unit_dims:]) if rule.unit_dims else (128,)
+                alike.setdefault((unit, p.dtype), {}).setdefault(role, []).append(p)
             banks = []
-            for (unit, dtype), pairs in alike.items():
-                name = group_name if len(alike) == 1 else "+".join(dict.fromkeys(role for role, _ in pairs))
-                name = f"{name} {unit} {dtype}" if name in self.banks else name
-                self.banks[name] = Bank([p for _, p in pairs], unit, world, average)
+            for (unit, _), params in alike.items():
+                # A group's only bank has its name, otherwise the names of its roles; a number where that is taken.
+                name = group_name if len(alike) == 1 else "_".join(params)
+                name = f"{name}_{len(self.banks)}" if name in self.banks else name
+                self.banks[name] = Bank([*chain(*params.values())], unit, world, average)
                 banks.append(self.banks[name])
             if banks:
                 self.groups.append((rule, compiled(rule.update) if rule.compiles else rule.update, banks))
@@ -1074,17 +1112,35 @@ class Optimizer:
         """Update all parameters from their gradients of step number `step` (from 0), and drop the gradients."""
         for bank in self.banks.values():
             bank.send_grads()
+        if self.config.clip_norm is not None:
+            self._clip_grads(self.config.clip_norm)
         for rule, update, banks in self.groups:
             hyperparameters = {name: torch.tensor(value, dtype=torch.float64)  # tensors: schedules do not recompile
                                for name, value in rule.hyperparameters(step, self.config).items()}
             shards, states = [bank.shard for bank in banks], [bank.state for bank in banks]
-            update(shards, [bank.average_grads() for bank in banks], states, **hyperparameters)
+            if self.config.clip_norm is None:
+                for bank in banks:
+                    bank.average_grads()
+            update(shards, [bank.grads for bank in banks], states, **hyperparameters)
+            for bank in banks:
+                bank.grads = None
             if self.snoo and step % self.snoo.every == 0:
                 self.snoo.update(shards, states)
             for bank in banks:
                 bank.send_params()
         for bank in self.banks.values():
             bank.wait()
+
+    def _clip_grads(self, max_norm: float) -> None:
+        """Average all gradients and scale them, where needed, to a norm of max_norm over all parameters and ranks."""
+        for bank in self.banks.values():
+            bank.average_grads()
+        square = torch.stack([bank.grad_square for bank in self.banks.values()]).sum()
+        if bank.world.size > 1:
+            dist.all_reduce(square)
+        scale = (max_norm / square.sqrt()).clamp(max=1)
+        for bank in self.banks.values():
+            bank.grads.mul_(scale)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """This rank's states by bank, not copied."""
@@ -1241,15 +1297,21 @@ class Clock:
     def __init__(self, world: World, seconds: float = 0.0):
         self.world, self.seconds, self.started = world, seconds, None
 
-    def _switch(self, on: bool) -> None:
-        if on != (self.started is not None):
-            if self.world.device.type == "cuda":
-                torch.cuda.synchronize()
-            if self.world.size > 1:
-                dist.barrier()
-            self.seconds, self.started = self.read_seconds(), time.perf_counter() if on else None
+    def start(self) -> None:
+        if self.started is None:
+            self._wait_for_all()
+            self.started = time.perf_counter()
 
-    start, stop = partialmethod(_switch, True), partialmethod(_switch, False)
+    def stop(self) -> None:
+        if self.started is not None:
+            self._wait_for_all()
+            self.seconds, self.started = self.read_seconds(), None
+
+    def _wait_for_all(self) -> None:
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+        if self.world.size > 1:
+            dist.barrier()
 
     def read_seconds(self) -> float:
         """Without waiting for the GPU, which may be some steps behind: exact only while stopped."""
@@ -1290,79 +1352,46 @@ class Log:
 
 
 class Watch:
-    """Stops all ranks together where a loss or an averaged gradient is not finite, without making a step wait.
+    """Every step's loss and gradient norms: logged, and a reason to stop where not finite. No step waits for them.
 
-    The device keeps, for each cause, the first step at which it was not finite. Every so many steps an all-reduce takes
-    their minimum over the ranks; its copy to the host is asynchronous and read at the next check.
+    The device keeps them for some steps. Every so many steps an all-reduce sums them over the ranks; its copy to the
+    host is asynchronous and read at the next look, so that all ranks stop together. What is logged names its own step.
     """
-    def __init__(self, causes: list[str], every: int, world: World):
-        self.causes, self.every, self.world = causes, every, world
-        self.answer = torch.full((len(causes),), math.inf)
-        self.first_bad = self.answer.to(world.device, copy=True)
+    def __init__(self, banks: Iterable[str], config: Run, world: World, log: Callable[[str], None]):
+        self.banks, self.config, self.world, self.log = list(banks), config, world, log
+        self.noted = torch.zeros(config.watch_every, 1 + len(self.banks), device=world.device)
+        self.steps: list[int] = []  # whose figures `noted` holds
+        self.asked: list[int] = []  # whose sums over the ranks are in `answer`, once they have arrived
+        self.answer = self.noted
         nothing = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
         self.arrived = torch.cuda.Event() if world.device.type == "cuda" else nothing
 
-    def note(self, step: int, values: list[Tensor]) -> None:
-        """values: one zero-dim fp32 tensor for each cause, after `step` completed steps."""
-        bad = torch.stack(values).isfinite().logical_not()
-        self.first_bad.masked_fill_(bad & self.first_bad.isinf(), step)  # a number, so that nothing waits for a copy
-        if step % self.every == 0:
+    def note(self, step: int, loss: Tensor, grad_squares: list[Tensor]) -> None:
+        """After `step` completed steps: this rank's mean loss, and each bank's sum over this rank's share."""
+        self.noted[len(self.steps)] = torch.stack([loss / self.world.size, *grad_squares])
+        self.steps.append(step)
+        if step % self.config.watch_every == 0:
             self.read()
             self.ask()
 
     def ask(self) -> None:
-        agreed = self.first_bad.clone()
-        if self.world.size > 1:
-            dist.all_reduce(agreed, dist.ReduceOp.MIN)
-        self.answer = agreed.to("cpu", non_blocking=True)
+        sums = self.noted[:len(self.steps)].clone()
+        if self.world.size > 1 and self.steps:
+            dist.all_reduce(sums)
+        self.asked, self.steps = self.steps, []
+        self.answer = sums.to("cpu", non_blocking=True)
         self.arrived.record()
 
     def read(self) -> None:
-        """Look at the last answer. Raises UserError, the same on all ranks, if anything was not finite."""
+        """Log the last answer. Raises UserError, the same on all ranks, at the first step that is not finite."""
         self.arrived.synchronize()
-        steps = self.answer.tolist()
-        if min(steps) < math.inf:
-            cause = self.causes[steps.index(min(steps))]
-            raise UserError(f"the {cause} of step {min(steps):.0f} was not finite: lower the rates, check the data.")
-
-
-class StopSignals:
-    """Between enter and exit, a signal to stop is kept in `received`: the run can end after the step in progress.
-
-    The loop sets `seen` when it has read the signal. If it does not within limit_s, as when the step waits for a rank
-    that died, the process exits. A thread watches the time, since Python's own handlers do not run while a collective
-    waits. SIGHUP is what a lost ssh session sends.
-    """
-    def __init__(self, limit_s: float):
-        self.limit_s, self.received, self.seen = limit_s, 0, threading.Event()
-
-    def __enter__(self) -> "StopSignals":
-        read_end, self.write_end = os.pipe()
-        os.set_blocking(self.write_end, False)
-        signal.set_wakeup_fd(self.write_end)
-        self.before = {number: signal.signal(number, self._note)
-                       for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-                       if signal.getsignal(number) is not signal.SIG_IGN}  # as nohup sets it
-        threading.Thread(target=self._count, args=(read_end,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(-1)
-        self.seen.set()
-        os.close(self.write_end)  # which ends the thread
-
-    def _note(self, number: int, _) -> None:
-        self.received = number
-
-    def _count(self, read_end: int) -> None:
-        while os.read(read_end, 1):  # one byte per signal
-            if not self.seen.wait(self.limit_s):
-                print(f"error: no step ended within {self.limit_s} s of a signal: resume from the last checkpoint.",
-                      file=sys.stderr)
-                os._exit(1)
-        os.close(read_end)  # only now: a signal to a closed pipe prints an error
+        asked, self.asked = self.asked, []
+        for step, (loss, *squares) in zip(asked, self.answer.tolist()):
+            norms = {f"grad_norm_{name}": math.sqrt(square) for name, square in zip(self.banks, squares)}
+            self.log(f"step:{step}/{self.config.num_iterations} {as_fields({'train_loss': loss} | norms, '.6g')}")
+            for cause, x in zip(("loss", *(f"{name} gradient" for name in self.banks)), (loss, *squares)):
+                if not math.isfinite(x):
+                    raise UserError(f"the {cause} of step {step} was not finite: lower the rates, check the data.")
 
 
 def force_to_disk(path: Path) -> None:
@@ -1389,7 +1418,7 @@ class Checkpoints:
     """
     def __init__(self, config: Run, source: str, shards: list[Shard], run_id: str, seed: int, world: World):
         self.config, self.seed, self.world, self.last = config, seed, world, None
-        self.signals, self.stopped_by = StopSignals(config.stop_limit_s), 0
+        self.received = self.stopped_by = 0  # signals to stop: this rank's, any rank's
         self.group = dist.new_group(backend="gloo") if world.size > 1 else None
         self.folder = Path("checkpoints") / self._gather(run_id)[0]
         self.made_by = {name: json.dumps(value, default=str) for name, value in asdict(config).items()}
@@ -1420,13 +1449,29 @@ class Checkpoints:
         if problems:
             raise UserError(problems[0])
 
+    def _note(self, number: int, _) -> None:
+        self.received = number
+
+    @contextlib.contextmanager
+    def signals_noted(self) -> Iterator[None]:
+        """Signals to stop are kept, so that the run can end after the step in progress; SIGHUP is a lost ssh session's.
+
+        A step that never ends, as one that waits for a dead rank, is torchrun's to kill, 30 s after its own signal.
+        """
+        numbers = [number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+                   if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup sets it
+        before = {number: signal.signal(number, self._note) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
     def due(self, step: int) -> bool:
         """Whether all ranks are to save after `step` steps. `stopped_by` is the signal that any received."""
         every, limit = self.config.checkpoint_every, 60 * self.config.checkpoint_minutes
-        told = self._gather((self.signals.received, 0 < limit <= time.monotonic() - self.saved_at))
+        told = self._gather((self.received, 0 < limit <= time.monotonic() - self.saved_at))
         self.stopped_by = max(number for number, _ in told)
-        if self.stopped_by:
-            self.signals.seen.set()
         return self.stopped_by > 0 or any(late for _, late in told) or (every > 0 and step % every == 0)
 
     def save(self, step: int, seconds: float, optimizer: Optimizer) -> None:
@@ -1568,8 +1613,8 @@ def warm_up(model: nn.Module, optimizer: Optimizer, world: World) -> None:
         ids = rng.integers(config.vocab_size, size=num_tokens + 1, dtype=np.int32)
         return split_pieces(torch.from_numpy(ids).to(world.device), piece_len)
 
-    for i in range(config.warmup_steps):
-        step = i * config.num_iterations // config.warmup_steps
+    for i in range(config.kernel_warmup_steps):
+        step = i * config.num_iterations // config.kernel_warmup_steps
         pieces = random_pieces(config.batch_tokens(step) // world.size, config.piece_len)
         train_step(model, optimizer, *pieces, step)
     with torch.no_grad():
@@ -1591,9 +1636,10 @@ def train(model: nn.Module, optimizer: Optimizer, loader: TrainLoader, val_shard
     first_step, seconds: what a resumed run has behind it. Returns the final validation loss. Raises UserError, on all
     ranks, where something is not finite or a signal ended the run.
     """
-    config, clock = model.config, Clock(world, seconds)
+    config = model.config
+    clock = Clock(world, seconds)
     num_tokens = sum(config.batch_tokens(step) for step in range(first_step))
-    watch = Watch(["loss", *(f"{name} gradient" for name in optimizer.banks)], config.watch_every, world)
+    watch = Watch(optimizer.banks, config, world, log)
     progress = tqdm(total=config.num_iterations, initial=first_step, unit="step", disable=world.rank > 0 or None)
     for step in range(first_step, config.num_iterations + 1):  # the last pass only validates
         finished = step == config.num_iterations
@@ -1601,6 +1647,7 @@ def train(model: nn.Module, optimizer: Optimizer, loader: TrainLoader, val_shard
         saves = checkpoints is not None and step > first_step and (checkpoints.due(step) or finished)
         if validates or saves:
             clock.stop()
+            watch.read()  # what was asked before, then all that was noted since
             watch.ask()
             watch.read()
         if saves:
@@ -1615,10 +1662,10 @@ def train(model: nn.Module, optimizer: Optimizer, loader: TrainLoader, val_shard
             break
         clock.start()
         loss = train_step(model, optimizer, *next(loader), step)
-        watch.note(step + 1, [loss, *(bank.grad_sum for bank in optimizer.banks.values())])
+        watch.note(step + 1, loss, [bank.grad_square for bank in optimizer.banks.values()])
         num_tokens += config.batch_tokens(step)
         log(f"step:{step + 1}/{config.num_iterations} {clock.fields(step + 1)} "
-            f"{as_fields({'tokens': num_tokens} | config.model_inputs(step))}")
+            f"{as_fields({'tokens': num_tokens} | config.step_fields(step))}")
         progress.update()
     return val_loss
 
@@ -1692,7 +1739,8 @@ def compile_model(model: nn.Module, whole: bool, **options) -> None:
     (records/tools/bench/README.md).
     """
     options = dict(dynamic=False, fullgraph=True) | options
-    # torch's caches know an operation by its name: where what it gives is edited, they would return the old graph.
+    # torch's caches know an operation by its name and would return the graph of one that has been edited. So the key
+    # holds the section of this file that defines operations, and no more: an edited recipe keeps its graphs.
     operations = Path(__file__).read_text().split("\n# Kernels:")[1].split("\n# Attention:")[0]
     torch.compiler.config.cache_key_tag = hashlib.sha256(operations.encode()).hexdigest()
     # Enough for a graph for training and one for validation of every kind of block, and one of every kind of bank.
@@ -1749,18 +1797,20 @@ def describe_run(config: Run, train_shards: list[Shard], seed: int, world: World
     ))
 
 
-def read_sources(config: Run) -> str:
-    """The recipe's source and, if that is another file, the machine's, under its name."""
-    recipe, machine = (Path(file).resolve() for file in (sys.modules[type(config).__module__].__file__, __file__))
-    return recipe.read_text() + (f"\n{'=' * 100}\n# {machine.name}\n{machine.read_text()}" if machine != recipe else "")
+def read_sources(config: Run, script: str | None = None) -> str:
+    """Of the script that was started (by default the recipe's), the recipe and the machine, each once."""
+    recipe = sys.modules[type(config).__module__].__file__
+    first, *others = dict.fromkeys(Path(file).resolve() for file in (script or recipe, recipe, __file__))
+    named = [f"\n{'=' * 100}\n# {path.name}\n{path.read_text()}" for path in others]
+    return "".join([first.read_text(), *named])
 
 
-def main(config: Run, resume_from: str | None = None) -> float:
+def main(config: Run, resume_from: str | None = None, script: str | None = None) -> float:
     """Train as `config` says and return the final validation loss. Raises UserError for what the user can put right.
 
-    resume_from: the folder of a checkpoint, or of a run, whose last checkpoint is meant.
+    resume_from: the folder of a checkpoint, or of a run, whose last checkpoint is meant. script: see read_sources.
     """
-    source, run_id = read_sources(config), str(uuid.uuid4())
+    source, run_id = read_sources(config, script), str(uuid.uuid4())
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     world = find_world(config)
     train_shards, val_shard = find_shards(config)
@@ -1769,7 +1819,8 @@ def main(config: Run, resume_from: str | None = None) -> float:
         # NCCL's own 10 minutes end the run where one rank's compiler cache is empty and the others' are not.
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=world.device if on_gpu else None,
                                 timeout=timedelta(hours=1))
-    saved, checkpoints, resumed = dict(step=0, seconds=0.0, seed=draw_seed(config, world)), None, ""
+    saved = dict(step=0, seconds=0.0, seed=draw_seed(config, world))
+    checkpoints, resumed = None, ""
     if config.checkpoint_every or config.checkpoint_minutes or resume_from:
         checkpoints = Checkpoints(config, source, [*train_shards, val_shard], run_id, saved["seed"], world)
     if resume_from:
@@ -1799,7 +1850,7 @@ def main(config: Run, resume_from: str | None = None) -> float:
         checkpoints.restore(saved, optimizer)
     loader = TrainLoader(train_shards, config, world, first_step=saved["step"])
     try:
-        with checkpoints.signals if checkpoints else contextlib.nullcontext():
+        with checkpoints.signals_noted() if checkpoints else contextlib.nullcontext():
             val_loss = train(model, optimizer, loader, val_shard, world, log, checkpoints, saved["step"],
                              saved["seconds"])
     except UserError as error:
@@ -1829,13 +1880,14 @@ def start(presets: dict[str, Callable[[], Run]]) -> None:
     """A recipe's command line: train the preset that it names. Exits with status 1 and one sentence on a UserError."""
     sys.stdout.reconfigure(errors="replace")  # for a terminal that cannot show a letter of a path
     try:
-        main(choose_config(presets, sys.argv[1:]), resume_from=os.environ.get("RESUME_FROM"))
+        main(choose_config(presets, sys.argv[1:]), os.environ.get("RESUME_FROM"), sys.modules["__main__"].__file__)
     except dist.DistNetworkError as error:
         reason = str(error).splitlines()[0]
         sys.exit(f"error: the ranks cannot meet ({reason}): start with torchrun, or mend MASTER_ADDR or MASTER_PORT.")
     except UserError as error:
+        # Ranks that find the same say it once: torchrun's store counts them, and only the first prints the sentence.
         said_before = 0
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's store counts the ranks that say it
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             with contextlib.suppress(Exception):
                 said_before = next(dist.rendezvous("env://"))[0].add(str(error), 1) - 1
         sys.exit(f"error: {error}" if not said_before else 1)

@@ -7,6 +7,7 @@ twice. One process at a time works in a folder.
 import argparse
 import fcntl
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -33,24 +34,30 @@ ROOT = Path(__file__).resolve().parent.parent
 # ---- which files
 
 def load_trainer():
-    """The trainer as a module, for its presets. Raises ShardError where it cannot be imported."""
-    sys.path.append(str(ROOT))
+    """The trainer, or what TRAIN_SCRIPT names, as a module, for its presets. Raises ShardError if it cannot be."""
+    path = ROOT / (os.environ.get("TRAIN_SCRIPT") or "train_gpt_medium.py")
+    sys.path[:0] = folders = [str(path.parent), str(ROOT)]
     try:
-        import train_gpt_medium
+        return importlib.import_module(path.stem)
     except ModuleNotFoundError as error:
         raise ShardError(f"{error.name} is not installed, which presets need; install requirements.txt") from error
     except Exception as error:  # its constants are made to be edited
-        raise ShardError(f"the trainer's presets cannot be read ({error}); mend train_gpt_medium.py") from error
+        raise ShardError(f"the trainer's presets cannot be read ({error}); mend {path.name}") from error
     finally:
-        sys.path.remove(str(ROOT))
-    return train_gpt_medium
+        for folder in folders:
+            sys.path.remove(folder)
 
 
 def count_shards(preset):
     """Training shards that the preset's schedule consumes. Raises ShardError where the trainer cannot tell."""
     try:
         trainer = load_trainer()
-        return trainer.shards_needed(trainer.PRESETS[preset](), [])
+        config = trainer.PRESETS[preset]()
+        if config.shard_prefix != "fineweb":
+            raise ShardError(f"preset {preset} does not train on FineWeb")
+        return trainer.shards_needed(config, [])
+    except KeyError as error:
+        raise ShardError(f"{preset} is not a preset; choose one of {', '.join(trainer.PRESETS)}") from error
     except Exception as error:  # ShardError, or a refusal of constants that were edited
         raise ShardError(f"{str(error).rstrip('.')}, or name the number of training shards with --shards") from error
 
@@ -264,5 +271,5 @@ def add_get(commands):
     folder = os.environ.get("DATA_PATH") or ROOT / "data" / "fineweb10B"
     parser.add_argument("folder", nargs="?", type=Path, default=Path(folder), help="where; DATA_PATH names another")
     number = parser.add_mutually_exclusive_group()
-    number.add_argument("--preset", choices=("medium", "short"), default="medium", help="as many as it trains on")
+    number.add_argument("--preset", default="medium", help="as many as it trains on")
     number.add_argument("--shards", type=int, metavar="N", help=f"so many training shards, at most {NUM_PUBLISHED}")

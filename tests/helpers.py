@@ -45,7 +45,7 @@ def small_config(preset: str = next(iter(tgm.PRESETS)), snoo_every: int = 2, num
         changes.setdefault("snoo", tgm.replace(config.snoo, every=snoo_every))
     sizes = dict(shard_prefix="text", vocab_size=257, doc_token=256, num_heads=2, head_dim=32, seq_len=256,
                  val_seq_len=512, val_tokens=2048, val_every=4, num_iterations=6, max_window=512,
-                 momentum_warmup_steps=3, warmup_steps=2, seed=1, needs_gpu=False)
+                 momentum_warmup_steps=3, kernel_warmup_steps=2, seed=1, needs_gpu=False)
     return tgm.replace(config, **({name: size for name, size in sizes.items() if hasattr(config, name)} | changes))
 
 

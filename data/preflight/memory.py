@@ -94,7 +94,8 @@ def as_on_gpus(machine: ModuleType) -> ExitStack:
     stack = ExitStack()
     stack.enter_context(patch.object(flex_attention, "_validate_device", lambda *_: None))
     stack.enter_context(patch.object(machine, "dense_mask", lambda mask: mask))
-    stack.enter_context(patch.multiple(dist, create=True, all_to_all_single=Sent, all_gather_single=Sent))
+    stack.enter_context(patch.multiple(dist, create=True, all_to_all_single=Sent, all_gather_single=Sent,
+                                       all_reduce=lambda _: None))
     return stack
 
 

@@ -24,7 +24,7 @@ ALL_REDUCE_LIMIT_S = 30
 START_LIMIT_S = 600  # of Python and torch in all ranks: minutes on a cold network disk
 SMI_LIMIT_S = 20
 RECORD_SECONDS, RECORD_TOKENS = 1374.7, 5535 * 524288  # 8xH100, records/2025-11-02_SmearMTP
-CPU_PRESETS = ("tiny", "small")
+CPU_PRESETS = {"tiny", "small"}  # and those of the script that say so
 CPU_SECONDS_PER_TOKEN = 150 / (64 * 4096)  # tiny on 2 CPU cores, from shards to summary
 SHARD_BYTES = 1024 + 2 * 100_000_000
 LOG_BYTES = 2 * 2**20
@@ -70,6 +70,14 @@ def parse_gpu(line: str) -> Gpu | None:
         return None
     total, free = (int(text) if text.isdigit() else None for text in match.group(2, 3))
     return Gpu(match[1], total, free, match[4], match[5] or "")
+
+
+def load_script():
+    """The training script, whose presets for a CPU join CPU_PRESETS."""
+    import memory  # with torch, which may not load
+    script = memory.load_script()
+    CPU_PRESETS.update(name for name, make in script.PRESETS.items() if not make().needs_gpu)
+    return script
 
 
 def list_gpus() -> list[Gpu]:
@@ -318,25 +326,29 @@ def check_duration(gpus: list[Gpu], config) -> Line:
 
 def report(preset: str) -> list[Line]:
     """All lines for a preset; a torch or a script that does not load ends the report with its own line."""
-    try:
-        gpus, gpu_line = list_gpus(), None
-    except NoAnswer as error:
-        gpus, gpu_line = [], Line("warning" if preset in CPU_PRESETS else "error", "GPUs", str(error))
-    gpu_line = gpu_line or check_gpus(gpus, preset)
+    problem = None
     try:
         import torch
     except Exception as error:  # a broken torch raises more than ImportError
-        return [gpu_line, Line("error", "torch", f"does not load ({error}): delete .venv and run ./run.sh")]
+        problem = Line("error", "torch", f"does not load ({error}): delete .venv and run ./run.sh")
+    try:
+        if not problem:
+            import memory
+            script = load_script()
+            machine = memory.machine_of(next(iter(script.PRESETS.values()))())
+            config = machine.choose_config(script.PRESETS, [preset])
+            num_shards = machine.shards_needed(config, [])
+    except Exception as error:  # its constants are made to be edited
+        problem = Line("error", "script", f"cannot be used: {error}")
+    try:
+        gpus = list_gpus()
+        gpu_line = check_gpus(gpus, preset)
+    except NoAnswer as error:
+        gpus, gpu_line = [], Line("warning" if preset in CPU_PRESETS else "error", "GPUs", str(error))
+    if problem:
+        return [gpu_line, problem]
     if preset in CPU_PRESETS and not torch.cuda.is_available():
         gpus = []  # which it does without
-    try:
-        import memory
-        script = memory.load_script()
-        machine = memory.machine_of(next(iter(script.PRESETS.values()))())
-        config = machine.choose_config(script.PRESETS, [preset])
-        num_shards = machine.shards_needed(config, [])
-    except Exception as error:  # its constants are made to be edited
-        return [gpu_line, Line("error", "script", f"cannot be used: {error}")]
     shards_line = check_shards(config, machine.UserError, machine.find_shards)
     on_gpu = bool(gpus) and torch.cuda.is_available() and preset not in CPU_PRESETS
     return [
@@ -352,8 +364,21 @@ def report(preset: str) -> list[Line]:
     ]
 
 
+def print_presets() -> None:
+    """Those of the script, a line each: name, gpu or cpu, constants."""
+    try:
+        configs = {name: make() for name, make in load_script().PRESETS.items()}
+    except Exception as error:  # its constants are made to be edited
+        sys.exit(f"preflight: the script's presets cannot be read: {error}")
+    for name, config in configs.items():
+        print(name, "gpu" if config.needs_gpu else "cpu", repr(config), sep="\t")
+
+
 def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # for a terminal that cannot show a letter of a path
+    if sys.argv[1:] == ["--presets"]:
+        print_presets()
+        return
     try:
         preset = sys.argv[1] if len(sys.argv) > 1 else "medium" if list_gpus() else "tiny"
     except NoAnswer:

@@ -35,7 +35,8 @@ from train_gpt_medium import Group, Run, Stage, norm  # noqa: E402
 class Config(Run):
     """Every constant of a run; the defaults are the published run's. A slice is the micro-batch of a forward pass.
 
-    Not read: warmup_steps, coordinate_descent_tuning, shard_prefix, watch_every, and what Run says of checkpoints.
+    Not read: kernel_warmup_steps, coordinate_descent_tuning, shard_prefix, watch_every, clip_norm, and what Run says of
+    checkpoints.
     """
     preset: str = "1b"
     num_iterations: int = 20_344

@@ -1,14 +1,16 @@
 """`campaign`: two sides in turn on one machine, A B B A ..., through run.sh; every run is kept, then compared.
 
-A side is a preset of the trainer (baseline), a script, or CONSTANT=value[,CONSTANT=value]: edits of the trainer or, for
-B, of the script and preset that A names.
+A side is a preset of the trainer (baseline), a script (*.py), or CONSTANT=value[,CONSTANT=value]: edits of the trainer
+or, for B, of the script and preset that A names. Edits become a script of a few lines, beside a copy of what they edit.
 """
 import ast
+import difflib
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -37,98 +39,78 @@ class Outcome(NamedTuple):
 # Sides: scripts, presets and edits
 
 class Side(NamedTuple):
-    """What one side runs: `source`, under the name of `path`, with `preset`."""
-    path: Path
-    source: str
+    """What one side runs: `script`, or constants of it that are others in a thin script beside its copy."""
+    script: Path
     preset: str
+    edits: str = ""  # as arguments of a call
+
+    def write(self, folder: Path) -> Path:
+        """The scripts, into a new folder; returns the one to start."""
+        folder.mkdir(parents=True)
+        write_text(folder / self.script.name, self.script.read_text(encoding="utf-8"))
+        if not self.edits:
+            return folder / self.script.name
+        write_text(folder / "edited.py", THIN_SCRIPT.format(
+            name=self.script.name, module=self.script.stem, preset=self.preset, edits=self.edits))
+        return folder / "edited.py"
 
 
-def read_script(path: Path) -> str:
-    try:
-        source = path.read_text(encoding="utf-8")
-        ast.parse(source)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise RecordError(f"{path} cannot be read as a script ({error}): name a preset, a script or "
-                          f"CONSTANT=value.") from error
-    return source
+THIN_SCRIPT = '''"""{name} with other constants."""
+from functools import partial
+
+from {module} import *
+
+PRESETS = {{"{preset}": partial(PRESETS["{preset}"], {edits})}}
+
+if __name__ == "__main__":
+    start(PRESETS)
+'''
 
 
-def assigned_in(body: list[ast.stmt], name: str) -> list[ast.expr]:
-    """The values that the statements assign to `name`."""
-    return [node.value for node in body
-            if isinstance(node, ast.AnnAssign) and node.value and getattr(node.target, "id", "") == name
-            or isinstance(node, ast.Assign) and [getattr(t, "id", "") for t in node.targets] == [name]]
-
-
-def presets_of(source: str) -> list[str]:
-    """The keys of the script's table PRESETS; none if it has no such table."""
-    return [key.value for table in assigned_in(ast.parse(source).body, "PRESETS") if isinstance(table, ast.Dict)
-            for key in table.keys if isinstance(key, ast.Constant)]
-
-
-def find_constant(tree: ast.Module, name: str, preset: str) -> list[ast.expr]:
-    """The value nodes that set `name` for `preset`: in the calls that make this preset, otherwise at the top level or
-    in a class of constants, which has a field `preset` or derives from one that has; in any class, if none has."""
-    calls = [call for call in ast.walk(tree) if isinstance(call, ast.Call) and any(
-        k.arg == "preset" and isinstance(k.value, ast.Constant) and k.value.value == preset for k in call.keywords)]
-    while calls:  # partial(X, ...) where X = partial(...): what the former does not set, the latter may
-        in_presets = [keyword.value for call in calls for keyword in call.keywords if keyword.arg == name]
-        if in_presets:
-            return in_presets
-        calls = [value for call in calls for base in call.args
-                 for value in assigned_in(tree.body, getattr(base, "id", "")) if isinstance(value, ast.Call)]
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    of_constants: list[str] = []
-    for node in classes.values():
-        if any(isinstance(item, ast.AnnAssign) and getattr(item.target, "id", "") == "preset" for item in node.body) \
-                or any(getattr(base, "id", "") in of_constants for base in node.bases):
-            of_constants.append(node.name)
-    bodies = [tree.body, *(classes[class_name].body for class_name in of_constants or classes)]
-    values = [value for body in bodies for value in assigned_in(body, name)]
-    # Of field(default_factory=lambda: value), the value: it may use what is defined further down.
-    return [next((k.value.body for k in getattr(value, "keywords", []) if k.arg == "default_factory"
-                  and isinstance(k.value, ast.Lambda)), value) for value in values]
-
-
-def parse_edits(spec: str) -> dict[str, str]:
-    """`name=value,name=value` by name; values are Python and may hold commas."""
-    call = f"edit({spec})"
-    try:
-        return {k.arg: ast.get_source_segment(call, k.value) for k in ast.parse(call, mode="eval").body.keywords}
-    except (SyntaxError, AttributeError) as error:
-        raise RecordError(f"{spec} sets no Python values: write CONSTANT=value[,CONSTANT=value], quoted for the "
-                          f"shell.") from error
-
-
-def edit_constant(source: str, name: str, value: str, preset: str) -> str:
-    """`source` with another value for one constant. Raises RecordError if there is not exactly one place for it."""
-    places = find_constant(ast.parse(source), name, preset)
-    if len(places) != 1:
-        raise RecordError(f"{name} is set in {len(places)} places of the script: edit a copy and name that.")
-    node, lines = places[0], source.encode().splitlines(keepends=True)  # ast counts bytes
-    start = sum(map(len, lines[:node.lineno - 1])) + node.col_offset
-    end = sum(map(len, lines[:node.end_lineno - 1])) + node.end_col_offset
-    data = b"".join(lines)
-    if data[start:end].decode() == value:
-        raise RecordError(f"{name} is {value} already: both sides would be the same.")
-    return (data[:start] + value.encode() + data[end:]).decode()
-
-
-def read_side(spec: str, preset: str, edited: Side | None = None) -> Side:
-    """The side that `spec` names. preset: of scripts and of edits. edited: what edits change, if not the trainer."""
-    trainer = Side(TRAINER, read_script(TRAINER), preset)
-    if spec in presets_of(trainer.source):
-        return trainer._replace(preset=spec)
+def read_side(spec: str, preset: str, edited: Side) -> Side:
+    """The side that `spec` names. preset: of scripts. edited: what edits are of. Raises RecordError."""
     if EDIT.match(spec):
-        side = edited or trainer
-        for name, value in parse_edits(spec).items():
-            side = side._replace(source=edit_constant(side.source, name, value, side.preset))
-    else:
-        side = Side(Path(spec), read_script(Path(spec)), preset)
-    presets = presets_of(side.source)
-    if presets and side.preset not in presets:
-        raise RecordError(f"{side.preset} is no preset of {side.path}: choose one of {', '.join(presets)}.")
-    return side
+        try:
+            ast.parse(f"edit({spec})")
+        except SyntaxError as error:
+            raise RecordError(f"{spec} sets no Python values: write CONSTANT=value[,CONSTANT=value], quoted for the "
+                              f"shell.") from error
+        return edited._replace(edits=spec)
+    if not spec.endswith(".py"):
+        return Side(TRAINER, spec)
+    try:
+        ast.parse(Path(spec).read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise RecordError(f"{spec} cannot be read as a script ({error}): name a preset, a script or "
+                          f"CONSTANT=value.") from error
+    return Side(Path(spec), preset)
+
+
+def start_launcher(launcher: Path, script: Path, *arguments: str) -> subprocess.Popen:
+    # A copied recipe may import the trainer, which is not copied with it.
+    path = os.pathsep.join([str(launcher.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    data = {"DATA_PATH": os.path.abspath(os.environ["DATA_PATH"])} if os.environ.get("DATA_PATH") else {}
+    return subprocess.Popen([str(launcher), *arguments], cwd=launcher.parent, text=True, errors="replace",
+                            env=os.environ | data | {"TRAIN_SCRIPT": str(script), "PYTHONPATH": path},
+                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def ask_constants(side: Side, launcher: Path) -> str:
+    """The constants with which the script itself would run the side's preset. Raises RecordError if it would not."""
+    with tempfile.TemporaryDirectory() as folder:
+        process = start_launcher(launcher, side.write(Path(folder) / "side"), "--presets")
+        lines = process.communicate()[0].splitlines() or [""]
+    if process.returncode:
+        wrong = re.search(r"unexpected keyword argument '(\w+)'", lines[-1])
+        if not (wrong and side.edits):
+            raise RecordError(f"{side.script.name} cannot run {side.edits or side.preset}: {lines[-1]}")
+        known = re.findall(r"\b(\w+)=", ask_constants(side._replace(edits=""), launcher))
+        nearest = " or ".join(difflib.get_close_matches(wrong[1], known, n=1, cutoff=0))
+        raise RecordError(f"{wrong[1]} is no constant of {side.script.name}; the nearest is {nearest}.")
+    presets = {name: constants for name, *_, constants in (line.split("\t") for line in lines if "\t" in line)}
+    if side.preset not in presets:
+        raise RecordError(f"{side.preset} is no preset of {side.script}: choose one of {', '.join(presets)}.")
+    return presets[side.preset]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -143,13 +125,7 @@ def run_once(script: Path, side: str, number: int, preset: str, launcher: Path) 
     """One run through the launcher. Console and log go to the script's folder, to failed/ below it after a fault."""
     start = time.perf_counter()
     console: list[str] = []
-    # A copied recipe may import the trainer, which is not copied with it.
-    path = os.pathsep.join([str(launcher.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    data = {"DATA_PATH": os.path.abspath(os.environ["DATA_PATH"])} if os.environ.get("DATA_PATH") else {}
-    process = subprocess.Popen([str(launcher), preset], cwd=launcher.parent, text=True,
-                               env=os.environ | data | {"TRAIN_SCRIPT": str(script), "PYTHONPATH": path},
-                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               errors="replace")
+    process = start_launcher(launcher, script, preset)
     fault = ""
     try:
         for line in process.stdout:
@@ -194,12 +170,13 @@ def campaign(a: str, b: str, num_runs: int, preset: str, out: Path, as_json: boo
     if out.exists():
         raise RecordError(f"{out} exists already: name a new folder with --out.")
     out = out.resolve()
-    side_a = read_side(a, preset)
-    sides = {"A": side_a, "B": read_side(b, preset, edited=None if EDIT.match(a) else side_a)}
-    scripts = {name: out / name / side.path.name for name, side in sides.items()}
-    for name, script in scripts.items():
-        script.parent.mkdir(parents=True)
-        write_text(script, sides[name].source)
+    trainer = Side(TRAINER, preset)
+    side_a = read_side(a, preset, edited=trainer)
+    sides = {"A": side_a, "B": read_side(b, preset, edited=trainer if side_a.edits else side_a)}
+    constants = [ask_constants(side, launcher) for side in sides.values()]
+    if constants[0] == constants[1] and any(side.edits for side in sides.values()):
+        raise RecordError(f"{b} is so in A already: both sides would be the same.")
+    scripts = {name: side.write(out / name) for name, side in sides.items()}
     outcomes: list[Outcome] = []
     order = order_of_runs(num_runs)
     for side in order:

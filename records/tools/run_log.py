@@ -72,7 +72,7 @@ class Environment:
 @dataclass(frozen=True)
 class Run:
     """One log. `step_ms` are (step, cumulative train ms) of the step lines, in the order of the file; `step_fields` are
-    the further numbers of these lines, by step and name."""
+    the further numbers of these lines, by step and name. Loss and gradient norms of a step have a later line."""
     path: Path
     num_iterations: int
     validations: list[Validation]
@@ -256,6 +256,9 @@ def parse_lines(text: str, path: Path):
             raise RecordError(f"{path} is damaged at {line[:60]!r}: copy the log again.")
         step, total = int(match[1]), int(match[2])
         totals.add(total)
+        if step in step_fields and not {"train_time", "val_loss"} & values.keys():
+            step_fields[step] |= values  # figures that the device gave after the step's own line
+            continue
         train_ms = values.pop("train_time", math.nan)
         previous = [v.step for v in validations[-1:]] if "val_loss" in values else [s for s, _ in step_ms[-1:]]
         if previous and step <= previous[0]:

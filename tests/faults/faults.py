@@ -62,18 +62,6 @@ def wait(script: dict, where: str) -> None:
     in_step(script, where, act)
 
 
-def wait_and_dawdle(script: dict, where: str) -> None:
-    """And then take longer over the checkpoint than a step that cannot end is given."""
-    wait(script, where)
-    save = script["torch"].save
-
-    def save_late(*arguments):
-        time.sleep(signal.getsignal(signal.SIGTERM).__self__.limit_s + 1)
-        save(*arguments)
-
-    script["torch"].save = save_late
-
-
 def fill(script: dict, where: str) -> None:
     """The disk of the log; its lines are as long as the last page that it holds already."""
     log = script["Log"].__call__

@@ -26,8 +26,8 @@ DOWN_S = 30  # until all processes are down after one was lost
 def config(tmp_path_factory) -> tgm.Config:
     """Both pieces of a batch are equal, so that one rank and two compute the same bits (test_distributed.py)."""
     config = small_config(layers=FEW_LAYERS, backout_from=1, num_slices=2, seq_len=PIECE, val_seq_len=PIECE,
-                          val_tokens=256, num_iterations=NUM_STEPS, warmup_steps=0, checkpoint_every=2,
-                          dtype=torch.float32, stop_limit_s=5)  # for steps of milliseconds, on busy machines
+                          val_tokens=256, num_iterations=NUM_STEPS, kernel_warmup_steps=0, checkpoint_every=2,
+                          dtype=torch.float32)
     folder = tmp_path_factory.mktemp("shards")
     pieces = random_ids(NUM_STEPS * PIECE, config).view(NUM_STEPS, 1, PIECE).repeat(1, 2, 1)
     pieces[:, :, 0] = config.doc_token  # which is the last target of every piece
@@ -185,10 +185,9 @@ def test_two_ranks_resume_after_one_fault_after_the_other(place, straight, capsy
 
 # ---- signals to stop
 
-@pytest.mark.parametrize("number, fault", [(signal.SIGTERM, "wait 0 3"), (signal.SIGHUP, "wait 0 3"),
-                                           (signal.SIGINT, "wait_and_dawdle 0 3")])
-def test_a_signal_ends_the_run_after_its_step(place, straight, capsys, number, fault):
-    with Started(place, fault) as started:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_the_run_after_its_step(place, straight, capsys, number):
+    with Started(place, "wait 0 3") as started:
         started.reach("waiting_0")
         started.send(number)
         code, console = started.finish()
@@ -217,17 +216,16 @@ def test_without_checkpoints_a_signal_ends_the_run_at_once(config, tmp_path, cap
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_step_that_cannot_end_does_not_keep_the_process(config, place, capsys):
-    """The other rank stands still: after stop_limit_s the signal wins, and says so."""
+@pytest.mark.slow  # 30 s, which torchrun waits for its ranks to end
+def test_torchrun_kills_a_step_that_cannot_end(place, capsys):
+    """The other rank stands still."""
     with Started(place, "freeze 1 5", ranks=2) as started:
         pids = [started.pid(rank) for rank in started.ranks]
         wait_for(lambda: state_of(pids[1]) == "T")
-        os.kill(pids[0], signal.SIGTERM)
-        wait_for(lambda: not is_alive(pids[0]), DOWN_S)
-        os.kill(pids[1], signal.SIGKILL)
-        code, console = started.finish()
-    assert code != 0 and re.fullmatch(rf"no step ended within {config.stop_limit_s} s\b.*: resume from .+\.",
-                                      sentence(console))
+        started.send(signal.SIGTERM)
+        code, _ = started.finish(30 + DOWN_S)
+        assert not any(map(is_alive, pids))
+    assert code != 0
     assert_unfinished(place, capsys)
     assert [Path(path).name for path in saved(place, 2)] == ["step_000002", "step_000004"]
 

@@ -103,7 +103,8 @@ def test_long_and_short_layers_use_their_windows(preset, monkeypatch):
 
 
 @needs_compiler
-def test_compiled_flex_attention_equals_the_dense_path():
+@pytest.mark.parametrize("kv_heads, num_cases", [(2, 30), (1, 3)])
+def test_compiled_flex_attention_equals_the_dense_path(kv_heads, num_cases):
     T, H, D, doc_token = 1024, 2, 32, 256
 
     @torch.compile(fullgraph=True, dynamic=False)
@@ -112,14 +113,27 @@ def test_compiled_flex_attention_equals_the_dense_path():
 
     generator = torch.Generator().manual_seed(3)
     q, k, v = torch.randn(3, 1, T, H, D, generator=generator).unbind(0)
+    k, v = k[:, :, :kv_heads], v[:, :, :kv_heads]
     # Sums of up to T products, each rounded to 2^-24 of values that v bounds; a wrong pair shows at about |v| / T.
     tolerance = T * 2 ** -24 * v.abs().max().item()
     with torch.no_grad():
-        for case in range(30):
+        for case in range(num_cases):
             ids = random_ids(T, small_config(), seed=case, mean_doc=(20, 200, 2000)[case % 3])
             w = as_window(case % 10)  # 0 among them, as short layers see it
             dense = tgm.attend(q, k, v, tgm.dense_mask(tgm.block_masks(ids, (w,), doc_token)[0]), 0.12, {})
             torch.testing.assert_close(flex(q, k, v, ids, w), dense, rtol=0, atol=tolerance)
+
+
+def test_fewer_heads_of_keys_each_serve_several_of_queries():
+    """As if they were repeated."""
+    q, k, v = (torch.randn(1, 256, heads, 32, requires_grad=True) for heads in (4, 2, 2))
+    mask = tgm.dense_mask(tgm.block_masks(random_ids(256, small_config()), (as_window(2),), 256)[0])
+    outcomes = []
+    for repeats in (1, 2):
+        y = tgm.attend(q, *(x.repeat_interleave(repeats, 2) for x in (k, v)), mask, 0.12, {})
+        outcomes.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v))))
+    for grouped, repeated in zip(*outcomes):
+        torch.testing.assert_close(grouped, repeated, rtol=1e-5, atol=1e-5)  # fp32 sums of 256 terms
 
 
 @needs_compiler

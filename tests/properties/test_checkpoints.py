@@ -20,7 +20,7 @@ STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 def config(tmp_path_factory) -> tgm.Config:
     """Six steps on three shards of two batches each; every kind of layer, in the record's dtypes: with mantissas."""
     config = small_config(layers=FEW_LAYERS, backout_from=1, num_slices=4, seq_len=128, val_seq_len=128, val_tokens=512,
-                          warmup_steps=1, seed=None)
+                          kernel_warmup_steps=1, seed=None)
     folder = tmp_path_factory.mktemp("shards")
     for number in (1, 2, 3):
         write_shard(folder / f"text_train_{number:06d}.bin", random_ids(2 * 512 + 7, config, seed=number))
@@ -136,12 +136,12 @@ def test_a_signal_between_two_looks_is_not_forgotten(heard, config, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     checkpoints = tgm.Checkpoints(config, "source", tgm.find_shards(config)[0], "run", 0, ALONE)
     gather = checkpoints._gather
-    with checkpoints.signals:
+    with checkpoints.signals_noted():
         checkpoints._gather = lambda value: (gather(value), os.kill(os.getpid(), number))[0]
         assert not checkpoints.due(1)
         checkpoints._gather = gather
         os.kill(os.getpid(), number)
-        assert checkpoints.due(2) and checkpoints.stopped_by == number and checkpoints.signals.seen.is_set()
+        assert checkpoints.due(2) and checkpoints.stopped_by == number
 
 
 def test_content_and_names_are_on_disk_before_older_ones_are_deleted(config, tmp_path, monkeypatch):
@@ -212,10 +212,10 @@ def test_without_checkpoints_a_step_does_nothing_for_them(config, tmp_path, monk
         raise AssertionError("made in a run without checkpoints")
 
     def bare(model, optimizer, loader, val_shard):
-        watch = tgm.Watch(["loss", *optimizer.banks], config.watch_every, ALONE)
+        watch = tgm.Watch(optimizer.banks, config, ALONE, print)
         for step in range(config.num_iterations):
             loss = tgm.train_step(model, optimizer, *next(loader), step)
-            watch.note(step + 1, [loss, *(bank.grad_sum for bank in optimizer.banks.values())])
+            watch.note(step + 1, loss, [bank.grad_square for bank in optimizer.banks.values()])
 
     def run(checkpoints):
         def loop(model, optimizer, loader, val_shard):
@@ -229,7 +229,6 @@ def test_without_checkpoints_a_step_does_nothing_for_them(config, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(tgm, "Clock", Watched)
         patch.setattr(tgm.Checkpoints, "__init__", never)
-        patch.setattr(tgm.StopSignals, "__init__", never)
         off = operations_of_steps(config, monkeypatch, run(None))
     assert off == plain and len(plain) > 1000
     assert switches == [False, True, False]  # made; started before the first step, stopped after the last: these wait
@@ -245,12 +244,11 @@ def test_without_checkpoints_a_step_does_nothing_for_them(config, tmp_path, monk
 def test_checkpoints_are_off_unless_asked_for(config, tmp_path, monkeypatch, constants, kept):
     made = []
     monkeypatch.setattr(tgm, "Checkpoints", lambda *_: made.append(1) or None)
-    train_some(config, tmp_path, monkeypatch, num_iterations=1, warmup_steps=0, **constants)
+    train_some(config, tmp_path, monkeypatch, num_iterations=1, kernel_warmup_steps=0, **constants)
     assert bool(made) == kept
 
 
 def test_signals_are_as_before_after_a_run(config, tmp_path, monkeypatch):
     before = [signal.getsignal(number) for number in STOPS]
-    train_some(config, tmp_path, monkeypatch, num_iterations=1, warmup_steps=0, checkpoint_every=1)
+    train_some(config, tmp_path, monkeypatch, num_iterations=1, kernel_warmup_steps=0, checkpoint_every=1)
     assert [signal.getsignal(number) for number in STOPS] == before
-    assert signal.set_wakeup_fd(-1) == -1

@@ -96,7 +96,7 @@ def make_plan(config: tgm.Config, size: int) -> dict[str, tuple]:
                 numbers[role] = numbers.get(role, 0) + p.numel()
         for (unit, dtype), numbers in banks.items():
             units, total = math.ceil(sum(numbers.values()) / (math.prod(unit) * size)), sum(numbers.values())
-            plan[group_name if len(banks) == 1 else "+".join(numbers)] = (
+            plan[group_name if len(banks) == 1 else "_".join(numbers)] = (
                 rule, dtype, (units, *unit), units * math.prod(unit) * size - total)
     return plan
 

@@ -15,7 +15,8 @@ import train_gpt_medium as tgm
 from compare import compare_sides, read_side
 from edited import SIZES, constants_of, run_copy
 from fault_driver import SERVER
-from helpers import ALONE, ROOT, TRAINER, environment, random_ids, small_config, write_shard
+from helpers import ALONE, FEW_LAYERS, ROOT, TRAINER, environment, random_ids, small_config, write_shard
+from report import curves_of
 from run_log import Run, read_log
 
 PATCHES = ROOT / "tests" / "edits"
@@ -26,25 +27,54 @@ LIMIT_S = 300  # for the processes of an edit, on a machine that others use too
 class Edit(NamedTuple):
     """What an edit changes in the script and in a run of four steps; all else stays."""
     hunks: int = 1
-    constants: dict[str, str] = {}  # defaults of Config: a part of the new one
-    banks: dict[str, int] = {}  # how many numbers, padded to 128
-    num_slices: tuple[int, ...] = (8, 8, 8, 8)  # by step
+    constants: dict[str, str] = {}  # defaults of Config: a part of the new one, or nothing for one that is gone
+    kept: tuple[str, ...] = ()  # tables that are not replaced by smaller ones, because the edit is of them
+    banks: dict[str, int] = {}  # how many numbers, padded to 128; 0: there is none
+    num_slices: tuple[int, ...] = (2, 2, 2, 2)  # by step
     windows: tuple[int, ...] = (1, 4, 4, 5)  # by step, in blocks
+    step_fields: set[str] = set()  # further ones of a step's line
+    scalars: tuple[str, ...] = ("smear_lambda", "backout_lambda_0", "backout_lambda_1")  # of a validation's line
 
 
+BACKOUT = ("backout_lambda_0", "backout_lambda_1")
 EDITS = {
     "attention_gate": Edit(hunks=3, constants={"groups": "name='attn_gate'"},
-                           banks={"attn_gate": 15 * 2 * 12 + 24}),  # layers, heads, channels
-    "batch_ramp": Edit(constants={"stages": "num_slices=4"}, num_slices=(2, 2, 4, 8)),
+                           banks={"attn_gate": 3 * 2 * 12 + 56}),  # layers, heads, channels
+    "batch_ramp": Edit(constants={"stages": "num_slices=4"}, kept=("stages",), num_slices=(2, 2, 4, 8)),
+    "clipping": Edit(constants={"clip_norm": "0.1"}),
+    "grouped_queries": Edit(hunks=4, constants={"heads_per_key": "2", "groups": "name='kv'"}, kept=("layers",), banks={
+        "mlp_fc": 16 * 4 * C * C, "mlp_proj": 16 * 4 * C * C, "qkvo": 0, "qo": 15 * 2 * C * C, "kv": 15 * C * C,
+        "scalars": 128, "embeds": 7 * V * C + 64}),
     "linear_window": Edit(windows=(1, 2, 4, 6)),
-    "mlp_factor": Edit(constants={"mlp_factor": "3"}, banks={"mlp_fc": 16 * 3 * C * C, "mlp_proj": 16 * 3 * C * C}),
+    "logged_fields": Edit(hunks=2, step_fields={"lr_factor", "muon_momentum"}, scalars=(
+        "smear_lambda", *BACKOUT, *(f"skip_weight_{i}" for i in range(4)))),
+    "mlp_factor": Edit(constants={"mlp_factor": "3"}, banks={"mlp_fc": 4 * 3 * C * C, "mlp_proj": 4 * 3 * C * C}),
     "newton_schulz": Edit(constants={"groups": f"newton_schulz=({', '.join(['(3.4445, -4.775, 2.0315)'] * 4)})"}),
-    "no_smear_mtp": Edit(hunks=2, constants={"num_iterations": "5550", "smear_mtp": "False"}),
-    "twelve_layers": Edit(hunks=2, constants={"layers": "attention=False", "backout_from": "8"}, banks={
-        "mlp_fc": 12 * 4 * C * C, "mlp_proj": 12 * 4 * C * C, "qkvo": 11 * 4 * C * C}),
+    "no_smear_mtp": Edit(hunks=2, constants={"num_iterations": "5550", "smear_mtp": "False"}, scalars=BACKOUT),
+    "smear_by_channel": Edit(hunks=3, scalars=("smear_lambda_mean", *BACKOUT)),
+    "smear_within_documents": Edit(hunks=2),
+    "twelve_layers": Edit(hunks=2, constants={"layers": "attention=False", "backout_from": "8"}, kept=("layers",),
+                          banks={"mlp_fc": 12 * 4 * C * C, "mlp_proj": 12 * 4 * C * C, "qkvo": 11 * 4 * C * C,
+                                 "embeds": 7 * V * C + 64}),
+    "two_latents": Edit(hunks=3, scalars=("smear_lambda_0", "smear_lambda_1", *BACKOUT)),
     "value_embeddings": Edit(hunks=2, constants={"groups": "betas=(0.75, 0.95)"}, banks={
-        "value_embeds": 5 * V * C + 64, "embeds": 2 * V * C}),
+        "value_embeds": V * C + 64, "embeds": 2 * V * C}),
+    "warmup_cosine": Edit(hunks=3, constants={"warmup_share": "0.05", "flat_share": ""}),
+    "z_loss": Edit(hunks=2, constants={"fused_head": "False"}),
 }
+
+
+def published() -> str:
+    """The script, of whose recipe the edits are; they are left out where that is edited itself."""
+    committed = subprocess.run(["git", "show", f"HEAD:{TRAINER.name}"], cwd=ROOT, capture_output=True, text=True)
+    script = TRAINER.read_text()
+    if committed.returncode == 0 and part_1(committed.stdout) != part_1(script):
+        pytest.skip("the recipe is edited: these edits are of the committed one")
+    return script
+
+
+def part_1(script: str) -> str:
+    return script.partition("# Part 1: the recipe\n")[2].partition("# Part 2: the machine\n")[0]
 
 
 def copy_with(patch: Path, copy: Path) -> str:
@@ -62,15 +92,14 @@ def copy_with(patch: Path, copy: Path) -> str:
 
 
 def outside_of_part_1(script: str) -> tuple[str, str]:
-    above, banner, rest = script.partition("# Part 1: the recipe\n")
-    _, next_banner, below = rest.partition("# Part 2: the machine\n")
-    assert banner and next_banner
+    assert part_1(script)
+    above, _, below = script.partition(part_1(script))
     return above, below
 
 
 def write_shards(folder: Path, edit: Edit) -> None:
     """The slices of a step are equal, so that one rank and two compute the same bits; those of two steps are not."""
-    config = small_config(**SIZES)
+    config = small_config(**SIZES, num_slices=2)
     slices = random_ids(len(edit.num_slices) * SLICE, config).view(-1, SLICE)
     slices[:, 0] = config.doc_token  # which is the last target of every slice
     write_shard(folder / "text_train_000001.bin", [*torch.repeat_interleave(
@@ -78,7 +107,7 @@ def write_shards(folder: Path, edit: Edit) -> None:
     write_shard(folder / "text_val_000000.bin", random_ids(config.val_tokens + 1, config, seed=1))
 
 
-def run_processes(copy: Path) -> None:
+def run_processes(copy: Path, kept: tuple[str, ...]) -> None:
     """One rank, and two that share the work."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -86,7 +115,7 @@ def run_processes(copy: Path) -> None:
     processes = {}
     for size, rank in ((1, 0), (2, 0), (2, 1)):
         (copy / f"ranks_{size}").mkdir(exist_ok=True)
-        process = SERVER.Process(target=run_copy, args=(copy, rank, size, variables))
+        process = SERVER.Process(target=run_copy, args=(copy, rank, size, kept, variables))
         processes[copy / f"ranks_{size}" / f"console_{rank}.txt"] = process
         process.start()
     try:
@@ -104,27 +133,34 @@ def losses(run: Run) -> list[tuple]:
 
 @pytest.mark.parametrize("name", sorted(patch.stem for patch in PATCHES.glob("*.patch")))
 def test_an_edit_of_the_recipe_is_all_that_an_experiment_takes(name, tmp_path):
-    edit, copy, published = EDITS[name], tmp_path / "copy", TRAINER.read_text()
+    edit, copy, script = EDITS[name], tmp_path / "copy", published()
     edited = copy_with(PATCHES / f"{name}.patch", copy)
-    diff = list(difflib.unified_diff(published.splitlines(), edited.splitlines(), lineterm=""))
+    diff = list(difflib.unified_diff(script.splitlines(), edited.splitlines(), lineterm=""))
     assert sum(line.startswith("@@") for line in diff) == edit.hunks, "\n".join(diff)
-    assert outside_of_part_1(edited) == outside_of_part_1(published)
+    assert outside_of_part_1(edited) == outside_of_part_1(script)
     write_shards(copy / "shards", edit)
-    run_processes(copy)
+    run_processes(copy, edit.kept)
 
     constants, before = json.loads((copy / "ranks_1" / "constants.json").read_text()), constants_of(tgm.Config())
-    assert {field for field in constants if constants[field] != before.get(field)} == edit.constants.keys()
-    assert all(part in constants[field] for field, part in edit.constants.items())
+    assert {field for field in constants | before if constants.get(field) != before.get(field)} == edit.constants.keys()
+    assert all(part in constants.get(field, "") for field, part in edit.constants.items())
     shards = tgm.load_part(next(copy.glob("ranks_1/checkpoints/*/step_000004/rank_0.pt")))["shards"]
-    config = small_config(**SIZES)
-    assert {bank: shard.numel() for bank, shard in shards.items()} == edit.banks | {
-        name: bank.shard.numel() for name, bank in tgm.Optimizer(config.make_model(), config, ALONE).banks.items()
-        if name not in edit.banks}
+    config = small_config(**SIZES, layers=FEW_LAYERS, backout_from=1)
+    banks = edit.banks | {name: bank.shard.numel() for name, bank in tgm.Optimizer(
+        config.make_model(), config, ALONE).banks.items() if name not in edit.banks}
+    assert {bank: shard.numel() for bank, shard in shards.items()} == {
+        name: numbers for name, numbers in banks.items() if numbers}
 
     straight, resumed = sorted(map(read_log, copy.glob("ranks_1/logs/*.txt")), key=lambda run: run.resumed_from)
     shared, = map(read_log, copy.glob("ranks_2/logs/*.txt"))
     assert [step for step, *_ in losses(straight)] == [0, 2, 4]
     assert losses(shared) == losses(straight) and losses(resumed) == losses(straight)[1:]
+    assert [tuple(v.extras) for v in straight.validations] == [edit.scalars] * 3
+    fields = {"tokens", "window_blocks", "train_loss", *(f"grad_norm_{name}" for name in shards), *edit.step_fields}
+    assert [straight.step_fields[step].keys() for step in (1, 2, 3, 4)] == [fields] * 4
+    for other, steps in ((shared, (1, 2, 3, 4)), (resumed, (3, 4))):  # norms are sums of other parts
+        assert other.step_fields == {step: pytest.approx(straight.step_fields[step], rel=1e-4) for step in steps}
+    assert curves_of(straight, points=100)["fields"].keys() == fields - {"tokens"}
     assert straight.windows.tolist() == list(edit.windows)
     assert straight.tokens.tolist() == [SLICE * n for n in accumulate(edit.num_slices, initial=0)]
     rows = compare_sides(read_side(straight.path), read_side(shared.path))["ms_per_step_at_equal_window"]

@@ -111,13 +111,13 @@ def test_no_step_waits_for_the_gpu():
     config = small_config(num_slices=1)
     torch._dynamo.reset()
     model, optimizer, world = warmed_up(config)
-    watch = tgm.Watch(["loss", *optimizer.banks], config.watch_every, world)
+    watch = tgm.Watch(optimizer.banks, config, world, print)
     ids = torch.arange(config.seq_len, device="cuda", dtype=torch.int32)[None] % 256
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in range(2 * config.watch_every):
             loss = tgm.train_step(model, optimizer, ids, ids.long(), step % config.num_iterations)
-            watch.note(step + 1, [loss, *(bank.grad_sum for bank in optimizer.banks.values())])
+            watch.note(step + 1, loss, [bank.grad_square for bank in optimizer.banks.values()])
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert watch.answer.is_pinned()  # a copy into other memory waits, which the mode does not see

@@ -126,7 +126,7 @@ def role_of(name: str) -> str:
 @pytest.mark.parametrize("preset", tgm.PRESETS)
 def test_every_parameter_is_updated_by_its_groups_rule_then_by_the_outer_one(preset, monkeypatch):
     """Once a step, with its numbers, in the order of the groups, from gradients that are then dropped."""
-    config, calls, gradients = small_config(preset, snoo_every=3, num_iterations=10), [], []
+    config, calls, gradients = small_config(preset, snoo_every=3, num_iterations=10, clip_norm=None), [], []
     model = config.make_model()
 
     def update(rule, shards, *rest, **numbers):
@@ -159,10 +159,31 @@ def test_every_parameter_is_updated_by_its_groups_rule_then_by_the_outer_one(pre
     assert sorted(named) == sorted(name for name, _ in model.named_parameters())
 
 
+@pytest.mark.parametrize("share", [None, 0.25, 4.0])
+def test_gradients_are_clipped_to_one_norm_of_them_all(share, monkeypatch):
+    """share: clip_norm, in norms of the gradients that the rules would get."""
+    def gradients(clip_norm: float | None) -> torch.Tensor:
+        config, seen = small_config(dtype=torch.float32, clip_norm=clip_norm), []
+        for group in config.groups:
+            monkeypatch.setattr(type(group.rule), "update", lambda rule, shards, grads, *_, **__: seen.extend(
+                grad.flatten() for grad in grads))
+        model = config.make_model()
+        optimizer = tgm.Optimizer(model, config, ALONE)
+        give_gradients(model, ALONE, step=0)
+        optimizer.step(1)
+        assert all(bank.grads is None for bank in optimizer.banks.values())
+        return torch.cat(seen)
+
+    unclipped = gradients(None)
+    clipped = gradients(share and share * unclipped.double().norm().item())
+    scale = min(share or 1.0, 1.0)
+    assert torch.equal(clipped, unclipped) if scale == 1 else relative(clipped, scale * unclipped) < 1e-5
+
+
 @pytest.mark.parametrize("preset", tgm.PRESETS)
 def test_a_step_is_what_the_rules_make_of_every_parameter_alone(preset):
     """Banks, batches and the order of groups change no number: fp32, with the bound of Muon's formula above."""
-    config = small_config(preset, dtype=torch.float32)
+    config = small_config(preset, dtype=torch.float32, clip_norm=None)
     torch.manual_seed(0)
     model = config.make_model()
     randomise(model)

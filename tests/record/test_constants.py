@@ -1,5 +1,8 @@
 """The published system's constants, schedules, layer plan, parameters, rates and messages, value by value."""
+import inspect
 import math
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -8,7 +11,7 @@ import pytest
 import torch
 
 import train_gpt_medium as tgm
-from helpers import as_window, golden, random_ids, small_config
+from helpers import ROOT, as_window, golden, random_ids, small_config
 
 RECORD = tgm.Config()
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -35,7 +38,7 @@ def test_constants_of_the_record():
         logit_softcap=15, short_window_divisor=2, init_scale=0.5, dtype=BF16, num_iterations=5535, val_every=125,
         snoo=tgm.Snoo(every=28, lr=0.68, momentum=0.37), checkpoint_every=0, checkpoint_minutes=0, seed=None)
     assert {name: getattr(RECORD, name) for name in expected} == expected
-    assert RECORD.warmup_steps > 0
+    assert RECORD.kernel_warmup_steps > 0
 
 
 def test_rates_and_decays_of_the_record():
@@ -136,6 +139,13 @@ def test_communication_plan_of_the_record():
     assert {name: sum(x.nbytes for x in bank.state.values()) for name, bank in banks.items()} == {
         "mlp_fc": 8388608 * 12, "mlp_proj": 8388608 * 12, "qkvo": 8388608 * 12, "lm_head": 6438912 * 16 + 4,
         "scalars": 128 * 16 + 4, "embeds": 45030272 * 8 + 4}
+
+
+def test_the_recipe_is_read_in_one_sitting():
+    """The model ends early in the file; no line of the repository is too long."""
+    assert inspect.getsourcelines(tgm.GPT)[1] + len(inspect.getsource(tgm.GPT).splitlines()) <= 450
+    linted = subprocess.run([sys.executable, "-m", "ruff", "check", ROOT], capture_output=True, text=True)
+    assert linted.returncode == 0, linted.stdout + linted.stderr
 
 
 def test_the_record_needs_thirty_shards(tmp_path):

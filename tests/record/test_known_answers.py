@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 import plain_twin
 import train_gpt_medium as tgm
+from test_pieces import difference_of_halves
 from helpers import DEVICE, as_window, golden, golden_weights, random_ids, randomise, relative, small_config
 
 CASES = [pytest.param(case["config"], answer, id=f"{case['config']['name']}-{answer['window_blocks']}")
@@ -109,15 +110,28 @@ def test_zero_lambda_is_the_baseline_bit_for_bit(dtype):
     assert ours["smear_lambda"].grad != 0
 
 
-def test_neighbour_reaches_the_next_position_within_a_document():
-    """Without attention only the smear mixes positions."""
-    model = tgm.GPT(small_config("medium", layers=(tgm.Layer(attention=False),) * 2, backout_from=0))
+@pytest.mark.parametrize("layers", [tgm.LAYERS, (tgm.Layer(attention=False),) * 12], ids=["all", "no attention"])
+@pytest.mark.parametrize("preset, reached", [("medium", [149, 150]), ("baseline", [149])])
+def test_only_smear_mtp_reaches_the_next_position_and_across_a_border(preset, reached, layers):
+    """A document's last token changes: attention stays within the document, Smear-MTP looks back by one, anywhere."""
+    model = tgm.GPT(small_config(preset, layers=layers))
     randomise(model)
-    ids = random_ids(256, model.config, mean_doc=1000)
+    ids = torch.arange(256, dtype=torch.int32) % 256
+    ids[[0, 150]] = model.config.doc_token
     changed = ids.clone()
-    changed[100] = (changed[100] + 1) % 256
+    changed[149] = 7
     before, after = (model.latents(x, as_window(2)) for x in (ids, changed))
-    assert (before != after).any(1).nonzero().flatten().tolist() == [100, 101]
+    assert (before != after).any(1).nonzero().flatten().tolist() == reached
+
+
+@pytest.mark.parametrize("preset", ["medium", "baseline"])
+def test_where_a_document_begins_a_border_cuts_smear_mtp_alone(preset):
+    config = small_config(preset, dtype=torch.float32, seq_len=512)
+    ids = random_ids(512, config, mean_doc=60)
+    ids[256] = 256
+    # Rotary angles are those of other positions: fp32 rounding of the angle (2^-24 of up to 512) and of all layers.
+    different = (difference_of_halves(config, ids) > 1e-4).nonzero().flatten().tolist()
+    assert different == ([256] if config.smear_mtp else [])
 
 
 def test_rotary_and_loss_round_where_the_record_rounds():

@@ -12,6 +12,7 @@ import train_gpt_medium as tgm
 import weights
 from helpers import ALONE, RECORDS, randomise, small_config, train_few_layers
 
+pytestmark = pytest.mark.record  # which looks back by one token, also across a border
 CHECKS = ["suffix", "documents", "probabilities", "validation", "warm-up"]
 
 
@@ -141,8 +142,8 @@ FROM_THE_FUTURE = {
     "a smear that looks forward": lambda: ("smear", smear_with(-1)),
     "the target itself": lambda: ("GPT.forward", lambda self, ids, targets, window_blocks: original_forward(
         self, targets, targets, window_blocks)),
-    "the mean of the sequence": lambda: ("GPT.finish", lambda self, x, middle: original_finish(
-        self, x, middle) + 1e-3 * x.mean(0)),
+    "the mean of the sequence": lambda: ("GPT.finish", lambda self, x, middle, ids: original_finish(
+        self, x, middle, ids) + 1e-3 * x.mean(0)),
 }
 
 
@@ -199,8 +200,8 @@ def test_without_smear_mtp_not_even_a_first_token_looks_back(ids, monkeypatch):
     steps = audit.audited_steps(1, model.config)
     outcome = audit.check_documents(model, ids, steps)
     assert outcome.passed and "but 0 first tokens'" in outcome.numbers
-    patch_trainer(monkeypatch, "GPT.finish", lambda self, x, middle: tgm.smear(
-        original_finish(self, x, middle), torch.tensor(0.1)))
+    patch_trainer(monkeypatch, "GPT.finish", lambda self, x, middle, ids: tgm.smear(
+        original_finish(self, x, middle, ids), torch.tensor(0.1)))
     outcome = audit.check_documents(model, ids, steps)
     assert outcome.passed is False and "0 positions after the first, 1 without" in outcome.numbers
 

@@ -129,9 +129,12 @@ def test_torchrun_starts_two_processes(tmp_path):
 
 def test_help_and_unknown_presets():
     done = run("bash", "run.sh", "--help")
-    assert done.returncode == 0 and done.stdout.startswith("usage: ./run.sh [medium|baseline|short|tiny|small]")
+    assert done.returncode == 0 and done.stdout.startswith("usage: ./run.sh [PRESET]")
     done = run("bash", "run.sh", "huge")
-    assert done.returncode == 1 and "'huge' is not a preset" in done.stderr
+    assert done.returncode == 1 and done.stderr == (f"run.sh: 'huge' is not a preset of {TRAINER.name}: choose one of "
+                                                    "medium baseline short tiny small.\n")
+    done = run("bash", "run.sh", "--huge")
+    assert done.returncode == 1 and "'--huge' is not an option" in done.stderr
     done = run(sys.executable, TRAINER, "huge")
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "choose one of medium, baseline, short, tiny, small" in done.stderr
@@ -141,6 +144,25 @@ def test_an_active_environment_that_satisfies_the_requirements_is_used():
     done = run("bash", "run.sh", "--python")
     assert done.returncode == 0, done.stderr
     assert os.path.realpath(done.stdout.strip()) == os.path.realpath(sys.executable)
+
+
+def test_a_preset_of_ones_own_in_a_thin_script(tmp_path):
+    """Listed and trained on the CPU; its log holds the script, and the machine under its name."""
+    write_shard(tmp_path / "text_train_000001.bin", random_ids(2 * 1024 + 1, small_config()))
+    write_shard(tmp_path / "text_val_000000.bin", random_ids(1025, small_config()))
+    script = tmp_path / "mine.py"
+    script.write_text("from train_gpt_medium import *\n\nPRESETS = {'mine': partial(PRESETS['tiny'], preset='mine', "
+                      "num_iterations=1, seq_len=128, val_seq_len=512, val_tokens=512)}\n\n"
+                      "if __name__ == '__main__':\n    start(PRESETS)\n")
+    variables = dict(TRAIN_SCRIPT=str(script), PYTHONPATH=str(ROOT), DATA_PATH=str(tmp_path))
+    listed = run("bash", "run.sh", "--presets", **variables)
+    assert listed.returncode == 0 and listed.stdout.startswith("mine\tcpu\tConfig(preset='mine', num_iterations=1, ")
+    done = run("bash", "run.sh", "mine", **variables)
+    assert done.returncode == 0, done.stderr
+    log = ROOT / re.search(r"log (logs/\S+)", done.stdout)[1]
+    text = log.read_text()
+    log.unlink()
+    assert text.startswith(f"{script.read_text()}\n{'=' * 100}\n# {TRAINER.name}\n{TRAINER.read_text()}")
 
 
 def test_a_script_that_is_not_there_is_refused_at_once():

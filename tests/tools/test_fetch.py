@@ -368,9 +368,11 @@ def test_how_many_and_where(monkeypatch, tmp_path):
         for arguments in ([], ["--preset", "short"], ["/here", "--shards", "5"]):
             shards.main(["get", *arguments])
     assert asked == [(Path("/elsewhere"), 30), (Path("/elsewhere"), 2), (Path("/here"), 5)]
-    for wrong in (["--preset", "tiny"], ["--preset", "short", "--shards", "1"]):
-        with pytest.raises(SystemExit):
-            shards.parse(["get", *wrong])
+    with pytest.raises(SystemExit):
+        shards.parse(["get", "--preset", "short", "--shards", "1"])
+    for preset, words in (("tiny", "does not train on FineWeb"), ("huge", "choose one of medium, ")):
+        with pytest.raises(fetch.ShardError, match=words):
+            fetch.count_shards(preset)
     assert fetch.shard_names(103)[-1] == "fineweb_train_000103.bin"
     for number in (0, 104):
         with pytest.raises(fetch.ShardError, match="1 to 103"):

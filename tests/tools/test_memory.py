@@ -24,8 +24,8 @@ class Gated(tgm.Config):
     """A recipe with a model of its own, which keeps more: a gate after the last layer, by a parameter of its own."""
     def make_model(self) -> tgm.GPT:
         class Model(tgm.GPT):
-            def finish(self, x: Tensor, middle: Tensor) -> Tensor:
-                return super().finish(x, middle) * (x @ self.gate).sigmoid()
+            def finish(self, x: Tensor, middle: Tensor, ids: Tensor) -> Tensor:
+                return super().finish(x, middle, ids) * (x @ self.gate).sigmoid()
 
         model = Model(self)
         model.gate = torch.nn.Parameter(torch.zeros(self.model_dim, self.model_dim, dtype=self.dtype))

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 import plain_twin
 import train_gpt_medium as tgm
 import weights
-from helpers import CPU, FEW_LAYERS, RECORDS, as_window, random_ids, randomise, run_main, run_ranks, \
+from helpers import CPU, FEW_LAYERS, RECORDS, as_window, environment, random_ids, randomise, run_main, run_ranks, \
     small_config, train_few_layers, write_shard, write_text_folder
 
 
@@ -145,6 +146,19 @@ def test_weights_of_another_script_are_named_as_such(one_rank, exported, monkeyp
             patch.setattr(tgm, "__file__", str(script))
             weights.read_weights(source)
         assert "made by another version of train_gpt_medium.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("source", ["a copy", "a thin script"])
+def test_train_script_names_the_script(one_rank, tmp_path, source):
+    """Its own presets and machine are what the checkpoint is read with."""
+    script = tmp_path / "mine.py"
+    script.write_text(Path(tgm.__file__).read_text() + "# another\n" if source == "a copy" else
+                      "from train_gpt_medium import *\n")
+    done = subprocess.run([sys.executable, RECORDS / "tools" / "weights" / "weights.py", "evaluate", one_rank[1]],
+                          env=environment(TRAIN_SCRIPT=str(script), DATA_PATH=one_rank[0].data_dir),
+                          capture_output=True, text=True)
+    assert f"val_loss:{logged_losses(one_rank[1])[8]}\n" in done.stdout, done.stderr
+    assert "made by another version of mine.py" in done.stderr
 
 
 # ---- sample

@@ -172,7 +172,7 @@ def memory_peaks(job: Job) -> None:
     import train_gpt_medium as tgm
     job.make_shards(1)
     for length in (job.seq_len // divisor for divisor in (1, 4, 16)):
-        constants = dict(num_iterations=1, warmup_steps=1, micro_seq_len=length, val_tokens=job.val_tokens)
+        constants = dict(num_iterations=1, kernel_warmup_steps=1, micro_seq_len=length, val_tokens=job.val_tokens)
         estimated = memory.count(replace(tgm.PRESETS[job.preset](), **constants), 1) >> 20
         run = job.train(f"pieces_{length}", **constants)
         job.keep(f"pieces of {length:,}", {"estimated_mib": estimated} | run, f"pieces of {length:,}: "

@@ -10,6 +10,7 @@ import pickle
 import random
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -73,6 +74,11 @@ def describe(steps: list[int], config: tgm.Config) -> str:
     return ", ".join(tgm.as_fields(config.model_inputs(step)) for step in steps)
 
 
+def as_fused(config: tgm.Config) -> tgm.Config:
+    """With the fused head, which is given the logits that the loss as it is written begins with."""
+    return replace(config, fused_head=True) if hasattr(config, "fused_head") else config
+
+
 @torch.no_grad()
 def record_logits(model: nn.Module, ids: Tensor, step: int) -> tuple[Tensor, float]:
     """What the model hands to the loss operation at `step`: logits [T, V], not yet capped, and their cap.
@@ -85,7 +91,7 @@ def record_logits(model: nn.Module, ids: Tensor, step: int) -> tuple[Tensor, flo
         calls.append((logits, softcap))
         return logits.new_zeros(len(logits), dtype=torch.float32)
 
-    with patch.object(tgm, "cross_entropy", record):
+    with patch.object(tgm, "cross_entropy", record), patch.object(model, "config", as_fused(model.config)):
         model(ids.to(device), ids.roll(-1).long().to(device), **tgm.inputs_at(step, model.config, device))
     if not calls:
         raise tgm.UserError("the model's logits are not seen, since its loss is not the trainer's cross_entropy.")
@@ -186,6 +192,8 @@ def check_probabilities(model: nn.Module, ids: Tensor, step: int) -> Outcome:
     Logits: those of two positions of `ids` [T], and zeros, under which also the rows that training has long silenced
     count.
     """
+    if not getattr(model.config, "fused_head", True):
+        return Outcome("probabilities", None, "the script's own loss (fused_head = False) is not taken apart")
     logits, softcap = record_logits(model, ids, step)
     V, rows = logits.size(1), torch.cat((logits[[len(ids) // 2, -1]], torch.zeros_like(logits[:1])))
     sums = []
@@ -275,7 +283,7 @@ def check_warm_up(model: nn.Module, world: tgm.World) -> Outcome:
     after = traces(model, optimizer)
     changed = [name for name in before.keys() | after.keys() if not (name in before and name in after and (
         torch.equal(before[name], after[name]) if isinstance(before[name], Tensor) else before[name] == after[name]))]
-    what = f"warmup_steps = {model.config.warmup_steps} and a validation"
+    what = f"kernel_warmup_steps = {model.config.kernel_warmup_steps} and a validation"
     if changed:
         return Outcome("warm-up", False, f"{what} change {len(changed)} of {len(before)} states ({min(changed)})")
     return Outcome("warm-up", True, f"{what} leave {len(before)} states as they were")

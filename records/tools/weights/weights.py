@@ -6,10 +6,12 @@
     weights.py audit model.safetensors --data data/text       # exit status 1 if a check fails
 
 A checkpoint (a step's folder, or a run's, whose last complete step is meant) serves in place of the file everywhere.
-Needs torch, and safetensors for files. Runs on a GPU if there is one: written for that, but not run on one yet.
+The script is train_gpt_medium.py, or the one that TRAIN_SCRIPT names. Needs torch, and safetensors for files. Runs on a
+GPU if there is one: written for that, but not run on one yet.
 """
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import sys
@@ -19,12 +21,18 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.append(str(Path(__file__).resolve().parents[3]))
+ROOT = Path(__file__).resolve().parents[3]
+SCRIPT = ROOT / (os.environ.get("TRAIN_SCRIPT") or "train_gpt_medium.py")
+sys.path[:0] = [str(SCRIPT.parent)] if SCRIPT.parent != ROOT else []
+sys.path.append(str(ROOT))
 try:
     import torch
-    import train_gpt_medium as tgm
+    recipe = importlib.import_module(SCRIPT.stem)
 except ModuleNotFoundError as error:
     sys.exit(f"weights.py: {error.name} is not installed: pip install -r requirements.txt")
+# The machine: of an edited copy itself, of a thin script the one that it imports. `audit` gets it under this name, too.
+sys.modules["train_gpt_medium"] = sys.modules[recipe.start.__module__]
+import train_gpt_medium as tgm
 from torch import Tensor, nn
 
 import audit
@@ -51,8 +59,8 @@ class Weights(NamedTuple):
 def read_weights(path: Path) -> Weights:
     """Of a file or a checkpoint. Raises UserError; says on stderr if another version of the trainer made them."""
     weights = read_checkpoint(find_step(path)) if path.is_dir() else read_file(path)
-    if weights.script != hashlib.sha256(tgm.read_sources(weights.config).strip().encode()).hexdigest():
-        print(f"note: {path} was made by another version of train_gpt_medium.py; this one computes with it.",
+    if weights.script != hashlib.sha256(tgm.read_sources(weights.config, recipe.__file__).strip().encode()).hexdigest():
+        print(f"note: {path} was made by another version of {SCRIPT.name}; this one computes with it.",
               file=sys.stderr)
     return weights
 
@@ -69,14 +77,14 @@ def parse_config(constants: dict, path: Path) -> tgm.Config:
         return getattr(torch, value.removeprefix("torch.")) if isinstance(own, torch.dtype) else value
 
     try:
-        own = tgm.PRESETS.get(constants["preset"], tgm.Config)()
+        own = recipe.PRESETS.get(constants["preset"], next(iter(recipe.PRESETS.values())))()
         known = {field.name for field in fields(own)} - {"data_dir"}
         if constants.keys() != known:
             raise KeyError(min(constants.keys() ^ known))
         values = {name: as_own(constants[name], getattr(own, name)) for name in known - {"groups", "snoo"}}
         return tgm.replace(own, **values, data_dir=os.environ.get("DATA_PATH") or own.data_dir)
     except (LookupError, TypeError, ValueError, AttributeError, UserError) as error:
-        raise UserError(f"{path} holds other constants than this train_gpt_medium.py's ({error}): use the script at "
+        raise UserError(f"{path} holds other constants than this {SCRIPT.name}'s ({error}): use the script at "
                         f"the head of its run's log.") from error
 
 
@@ -128,7 +136,7 @@ def read_checkpoint(folder: Path) -> Weights:
             raise UserError(f"{path} is of another run or step than rank_0.pt: do not mix parts.")
         if ours != theirs or {name: (shard.shape, shard.dtype) for name, shard in part["shards"].items()} != {
                 name: (bank.shard.shape, bank.shard.dtype) for name, bank in banks.items()}:
-            raise UserError(f"{path} holds other parameters than this train_gpt_medium.py's: use the script at the "
+            raise UserError(f"{path} holds other parameters than this {SCRIPT.name}'s: use the script at the "
                             f"head of its run's log.")
         for name, bank in banks.items():
             bank.buffer.view(size, -1)[rank] = part["shards"][name].flatten()
