@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+ROOT = Path(__file__).resolve().parents[2]
 # Oldest Linux driver for each major version of CUDA (NVIDIA's table of minor-version compatibility).
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 ALL_REDUCE_LIMIT_S = 30
@@ -125,6 +126,18 @@ def check_gpus(gpus: list[Gpu], preset: str) -> Line:
     if any(gpu.capability != "9.0" for gpu in gpus):
         text += "; not all Hopper, for which this is tuned: expect a slower run"
     return Line("warning" if ";" in text else "ok", "GPUs", text)
+
+
+def check_kernels(gpus: list[Gpu]) -> list[Line]:
+    """What docs/running.md says of each kind of card that is here: were its kernels compiled, what has run on it?"""
+    table = re.findall(r"^\| (card|sm_\d+)[^|]*\|(.+)\|$", (ROOT / "docs" / "running.md").read_text(), re.M)
+    rows = {card: [cell.strip() for cell in cells.split("|")] for card, cells in table}
+    lines = []
+    for card in sorted({f"sm_{gpu.capability.replace('.', '')}" for gpu in gpus if gpu.capability}):
+        known = "; ".join(f"{name}: {cell}" for name, cell in zip(rows["card"], rows.get(card, ())))
+        lines.append(Line("ok" if known else "warning", "kernels",
+                          f"{card}: {known or 'never compiled for this card, try preset short first'}"))
+    return lines
 
 
 def check_driver(gpus: list[Gpu], torch_version: str, cuda: str | None) -> Line:
@@ -353,6 +366,7 @@ def report(preset: str) -> list[Line]:
     on_gpu = bool(gpus) and torch.cuda.is_available() and preset not in CPU_PRESETS
     return [
         gpu_line,
+        *check_kernels(gpus),
         check_driver(gpus, torch.__version__, torch.version.cuda),
         check_torch(gpus, torch),
         check_all_reduce(ranks_on(gpus) if on_gpu else 1, on_gpu),

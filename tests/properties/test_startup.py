@@ -99,6 +99,24 @@ def test_ranks_wait_for_one_that_compiles_for_long(tmp_path, monkeypatch, device
     assert given == dict(backend=backend, device_id=device if backend == "nccl" else None)
 
 
+@pytest.mark.parametrize("num_gpus", [2, 4])
+def test_more_processes_than_gpus_are_refused(tmp_path, monkeypatch, num_gpus):
+    enter(tmp_path, monkeypatch)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name, value in dict(RANK=3, WORLD_SIZE=4, LOCAL_RANK=3, LOCAL_WORLD_SIZE=4, MASTER_ADDR="127.0.0.1",
+                            MASTER_PORT=1).items():
+        monkeypatch.setenv(name, str(value))
+    if num_gpus < 4:
+        with pytest.raises(tgm.UserError, match="^4 processes but 2 visible GPUs: start one per GPU"):
+            tgm.find_world(small_config(num_slices=4))
+        assert chosen == []
+    else:
+        assert tgm.find_world(small_config(num_slices=4)) == (3, 4, torch.device("cuda", 3)) and chosen == [3]
+
+
 @pytest.mark.parametrize("variables, words", [
     (dict(WORLD_SIZE="2", RANK="0"), "MASTER_ADDR is missing"), (dict(RANK=""), "RANK is empty"),
     (dict(WORLD_SIZE="two", RANK="0"), "WORLD_SIZE is two"), (dict(RANK="1"), "RANK is 1 and WORLD_SIZE 1"),

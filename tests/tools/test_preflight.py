@@ -1,6 +1,7 @@
 """The look at the machine before a run: every subject's verdicts, with stand-ins for nvidia-smi and python."""
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import fake_gpu
 import memory
 import preflight
 import train_gpt_medium as tgm
@@ -82,6 +84,18 @@ def test_gpu_line():
     assert preflight.check_gpus([], "medium").status == "error"
     line = preflight.check_gpus([H100, H100._replace(name="NVIDIA A100", capability="8.0")], "medium")
     assert line.status == "warning" and "not all Hopper" in line.text
+
+
+def test_kernels_line_says_the_cards_row():
+    """Every card that kernel_specs.py can compile for has one."""
+    for arch, gpu in fake_gpu.GPUS.items():
+        line, = preflight.check_kernels(2 * [H100._replace(capability=f"{gpu.major}.{gpu.minor}")])
+        assert line.status == "ok" and line.text.startswith(f"sm_{arch}: kernels compiled: ")
+        row, = re.findall(rf"^\| sm_{arch}, {gpu.name}.*", (ROOT / "docs" / "running.md").read_text(), re.M)
+        assert all(cell.strip() in line.text for cell in row.split("|")[2:])
+    line, = preflight.check_kernels([H100._replace(capability="7.5")])
+    assert line.status == "warning" and "never compiled" in line.text
+    assert preflight.check_kernels([]) == preflight.check_kernels([H100._replace(capability="")]) == []
 
 
 @pytest.mark.parametrize("driver, cuda, status, words", [
