@@ -311,8 +311,8 @@ def run_with_fake_python(tmp_path, gpus: int, *arguments, **environment) -> subp
     """run.sh with an interpreter that satisfies every requirement and only says what it was asked to run."""
     fake = tmp_path / "bin" / "python3"
     fake.parent.mkdir(exist_ok=True)
-    fake.write_text(f'#!/bin/sh\ncase "$*" in -\\ *) exit 0 ;; -c*) echo {gpus} ;; *--presets) printf "short\\tgpu\\n" ;; '
-                    '*) echo "RUN $*" ;; esac\n')
+    fake.write_text(f'#!/bin/sh\ncase "$*" in -\\ *) exit 0 ;; -c*) echo {gpus} ;; '
+                    '*--presets) printf "short\\tgpu\\n" ;; *) echo "RUN $*" ;; esac\n')
     fake.chmod(0o755)
     return subprocess.run(["bash", ROOT / "run.sh", *arguments], capture_output=True, text=True, check=True,
                           env=os.environ | {"PATH": f"{fake.parent}:{os.environ['PATH']}"} | environment)
