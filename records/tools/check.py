@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 import readme_figures as figures
-from inference import ALPHA, POOLED_SIGMA, POWER, TARGET, TargetTest, against_target, format_p, runs_needed, welch
+from inference import (ALPHA, POOLED_SIGMA, POWER, TARGET, TargetTest, against_target, format_p, plus_minus,
+                       runs_needed, welch)
 from run_log import LOG_SUFFIX, RUN_ID, NoSteps, RecordError, Run, Validation, find_logs, read_log, read_published, walk
 from tables import format_json, format_table
 
@@ -636,10 +637,9 @@ def report(folder: Folder, findings: list[Finding], statistics: dict, verdict: s
         s = statistics
         lines += [format_table([
             ["runs", f"{s['n']} (baseline {s['baseline_runs']}, failed {s['failed_runs']}, other {s['other_runs']})"],
-            ["loss", f"{s['mean']:.6f} nats/token" if s["n"] < 2 else
-             f"{s['mean']:.6f} +- {s['std']:.6f} nats/token, 95 % interval {s['low']:.6f} to {s['high']:.6f}"],
-            ["train time", f"{s['train_seconds_mean']:.3f} s" if s["n"] < 2 else
-             f"{s['train_seconds_mean']:.3f} +- {s['train_seconds_std']:.3f} s"],
+            ["loss", plus_minus(s["mean"], s["std"], ".6f") + " nats/token" + (
+                f", 95 % interval {s['low']:.6f} to {s['high']:.6f}" if s["n"] > 1 else "")],
+            ["train time", plus_minus(s["train_seconds_mean"], s["train_seconds_std"], ".3f") + " s"],
             *([] if folder.experiment else against_the_target(s))]), ""]
     broken = [finding for finding in findings if finding.status == "broken"]
     if broken:

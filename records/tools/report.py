@@ -16,7 +16,7 @@ import numpy as np
 import check
 import compare
 from curves import Curve, Side, mean_curve, read_curve, side_of
-from inference import ALPHA, CONFIDENCE, TARGET, Interval, against_target, format_p, mean_interval, std
+from inference import ALPHA, CONFIDENCE, TARGET, Interval, against_target, format_p, mean_interval, signed, std
 from run_log import LOG_SUFFIX, RecordError, Run, read_log
 from tables import format_json, write_text
 
@@ -95,10 +95,10 @@ def typeset(text: str) -> str:
 
 
 def in_words(interval: Interval, spec: str) -> str:
-    if math.isnan(interval.low):
-        return "no interval, no test: a side has one run"
-    return (f"{CONFIDENCE:.0%} interval of B - A: {interval.low:{spec}} to {interval.high:{spec}}, "
-            f"p = {format_p(interval.p)}")
+    """In parentheses; empty where a side has one run."""
+    return "" if math.isnan(interval.low) else (
+        f" ({CONFIDENCE:.0%} interval of B - A: {interval.low:{spec}} to {interval.high:{spec}}, "
+        f"p = {format_p(interval.p)})")
 
 
 def claim_of_losses(losses: list[float]) -> str:
@@ -121,17 +121,17 @@ def claims_of_difference(r: dict) -> list[str]:
     loss, seconds = Interval(**r["loss_difference"]), Interval(**r["seconds_difference"])
     claims = ["No difference in loss is shown: " * (loss.p >= 1 - CONFIDENCE)
               + f"B ends {abs(loss.value):.6f} nats/token {'below' if loss.value < 0 else 'above'} A: mean "
-              f"{r['b']['loss_mean']:.6f} of {plural(r['b']['n'])} against {r['a']['loss_mean']:.6f} of {r['a']['n']} "
-              f"({in_words(loss, '+.6f')})."]
+              f"{r['b']['loss_mean']:.6f} of {plural(r['b']['n'])} against {r['a']['loss_mean']:.6f} of {r['a']['n']}"
+              f"{in_words(loss, '+.6f') or ': ' + compare.basis(r)}."]
     if "steps_at_equal_loss" in r:
         steps = Interval(**r["steps_at_equal_loss"]["difference"])
         if math.isfinite(steps.value):
             more = "fewer" if steps.value < 0 else "more"
-            claims.append(f"At equal loss B takes {abs(steps.value):.1f} steps {more} ({in_words(steps, '+.1f')}): "
+            claims.append(f"At equal loss B takes {abs(steps.value):.1f} steps {more}{in_words(steps, '+.1f')}: "
                           f"steps {compare.describe_equal_loss(r)}.")
     if math.isfinite(seconds.value):
-        claims.append(f"B's training takes {abs(seconds.value):.3f} s {'less' if seconds.value < 0 else 'more'} "
-                      f"({in_words(seconds, '+.3f')}).")
+        claims.append(f"B's training takes {abs(seconds.value):.3f} s {'less' if seconds.value < 0 else 'more'}"
+                      f"{in_words(seconds, '+.3f')}.")
     return claims
 
 
@@ -182,13 +182,15 @@ def sides_table(groups: list[Group]) -> dict:
 
 def difference_table(r: dict) -> dict:
     rows = [("final loss (nats/token)", r["loss_difference"], "+.6f"),
+            *([("the same, paired by seed (Student)", r["loss_difference_paired_by_seed"], "+.6f")]
+              if "loss_difference_paired_by_seed" in r else []),
             ("training time (s)", r["seconds_difference"], "+.3f"),
             *((f"of which {compare.PARTS[name]} (s)", part, "+.3f")
               for name, part in r.get("decomposition", {}).items())]
     if "steps_at_equal_loss" in r:
         rows.append(("steps at equal loss", r["steps_at_equal_loss"]["difference"], "+.1f"))
-    return table("B - A, Welch's intervals over runs", ["", "difference", f"{CONFIDENCE:.0%} interval", "p"], [
-        [name, format(i["value"], spec), *([f"{i['low']:{spec}} to {i['high']:{spec}}", format_p(i["p"])]
+    return table(f"B - A, {compare.basis(r)}", ["", "difference", f"{CONFIDENCE:.0%} interval", "p"], [
+        [name, signed(i["value"], spec), *([f"{i['low']:{spec}} to {i['high']:{spec}}", format_p(i["p"])]
                                            if math.isfinite(i["low"]) else ["", ""])]
         for name, i, spec in rows if math.isfinite(i["value"])])
 
