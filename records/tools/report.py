@@ -73,11 +73,11 @@ def sides_of(groups: list[Group]) -> tuple[Group, Group] | None:
     return (by_label["A"], by_label["B"]) if {"A", "B"} <= by_label.keys() else None
 
 
-def judged_of(groups: list[Group], folder: check.Folder | None, findings: list[check.Finding]) -> Group | None:
+def judged_of(groups: list[Group], folder: check.Folder | None) -> Group | None:
     """The runs that the target is for, if their loss is the record's: on its validation tokens and real data by
     `check`, or published."""
-    broken = {finding.rule.id for finding in findings if finding.status == "broken"}
-    if folder is None or folder.experiment or broken & {"val-tokens", "data"}:
+    tests = check.whole_validation_set, check.real_data
+    if folder is None or folder.filed or folder.logs and any(test(folder, check.Limits()) for test in tests):
         return None
     return next((group for group in groups if group.side and group.label in ("B", "record", "all")), None)
 
@@ -377,7 +377,7 @@ def gather(path: Path) -> dict:
 def assemble(title: str, groups: list[Group], folder: check.Folder | None, findings: list[check.Finding]) -> dict:
     sides = sides_of(groups)
     r = compare.compare_sides(*(group.side for group in sides)) if sides else None
-    judged = judged_of(groups, folder, findings)
+    judged = judged_of(groups, folder)
     claims = [typeset(claim) for claim in claims_of(groups, judged, r)] or ["No run has finished."]
     checked = check_section(folder, findings) if folder else None
     logged = [group for group in groups if any(run.source or run.constants for run in group.runs)]

@@ -257,6 +257,21 @@ def test_a_name_gives_a_role_by_whole_words(tmp_path, name, role):
     assert check.role_of(tmp_path / name, tmp_path) == role
 
 
+@pytest.mark.parametrize("num_runs, verdict", [
+    (2, "a comparison of B with A: keeps every rule but those of the record's task, with 0 warnings"),
+    (1, "a comparison that shows nothing yet: a side has one run, so no interval and no test; 0 warnings")])
+def test_a_campaigns_folder_is_a_comparison(tmp_path, capsys, num_runs, verdict):
+    """Two sides of other scripts and lengths, which share their seeds, and no README."""
+    for side, source, steps in (("A", logs.SOURCE, 200), ("B", logs.SOURCE + "x = 1\n", 210)):
+        for seed in range(num_runs):
+            logs.write_log(tmp_path / side, logs.Spec(
+                seed=seed, loss=2.95 + 0.001 * seed, source=source, num_iterations=steps), f"{side}{seed}.txt")
+    assert records.main(["check", str(tmp_path)]) == 0
+    assert f": {verdict}\n" in capsys.readouterr().out
+    logs.write_log(tmp_path / "B", logs.Spec(seed=9, num_iterations=190))
+    assert set(broken_rules(tmp_path)) == {"one-source", "one-step-count"}
+
+
 def test_the_verdict_says_why_no_run_counts(tmp_path):
     logs.write_log(tmp_path, SPEC, "partial_1.txt")
     assert check.verdict_of(check.read_folder(tmp_path), []).endswith("or their folders', 1 are failed ones)")

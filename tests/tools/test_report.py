@@ -96,7 +96,7 @@ def test_another_task_is_not_held_against_the_target(tmp_path, where):
     assert data["target"] is None and data["headline"].startswith("B ends 0.500000 nats/token below A: mean 1.501000")
     assert [(group["label"], len(group["runs"])) for group in data["groups"]] == [("A", 3), ("B", 3), ("failed", 1)]
     assert data["places"] == "A: A/. B: B/. failed: B/failed/."
-    assert ("val-tokens" in {row[1] for row in data["check"]["table"]["rows"]}) == (where == "campaign")
+    assert ("readme" in {row[1] for row in data["check"]["table"]["rows"]}) == (where != "campaign")
 
 
 def test_logs_that_no_statistic_covers_are_shown_all_the_same(tmp_path):
