@@ -2,12 +2,14 @@
 
 This module gathers what the logs say, report/report.js draws it. Numbers become text here, as other tools print them.
 """
+import ast
 import base64
 import difflib
 import hashlib
 import html
 import math
 import re
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -241,14 +243,29 @@ def machine_table(groups: list[Group]) -> dict:
     return table("Hardware and versions", ["", *(group.label for group in groups)], rows, is_quoted=True)
 
 
+def rows_of(name: str, value: str) -> dict[str, str]:
+    """A constant under its name; of a table, which is a tuple of calls such as `(Stage(...), ...)`, every row under its
+    own: `groups[mlp]` where rows have a name, otherwise `layers[3]`."""
+    try:
+        tree = ast.parse(value, mode="eval").body
+    except SyntaxError:
+        return {name: value}
+    if not (isinstance(tree, ast.Tuple) and tree.elts and all(isinstance(row, ast.Call) for row in tree.elts)):
+        return {name: value}
+    keys = [next((ast.unparse(field.value).strip("'") for field in row.keywords if field.arg == "name"), number)
+            for number, row in enumerate(tree.elts)]
+    keys = keys if len({*keys}) == len(keys) else range(len(keys))
+    return {f"{name}[{key}]": ast.get_source_segment(value, row) for key, row in zip(keys, tree.elts)}
+
+
 def constants_tables(groups: list[Group]) -> list[dict]:
     """Constants that differ between or within groups, then those that all runs share; the seed is each run's own."""
-    names = dict.fromkeys(name for group in groups for run in group.runs for name in run.constants)
+    constants = [[dict(chain(*(rows_of(*item).items() for item in run.constants.items()))) for run in group.runs]
+                 for group in groups]
+    names = dict.fromkeys(chain(*chain(*constants)))
     names.pop("drawn seed", None)
-    rows = [[name, *(values_of(group.runs, lambda run: run.constants.get(name, "not stated")) for group in groups)]
-            for name in names]
-    shared = [row for row in rows if len({*row[1:]}) == 1 and len({
-        run.constants.get(row[0]) for group in groups for run in group.runs}) == 1]
+    rows = [[name, *(values_of(runs, lambda run: run.get(name, "not stated")) for runs in constants)] for name in names]
+    shared = [row for row in rows if len({run.get(row[0]) for run in chain(*constants)}) == 1]
     return [table("Constants that differ", ["constant", *(group.label for group in groups)],
                   [row for row in rows if row not in shared], is_quoted=True),
             table("Constants that all runs share", ["constant", "value"], [row[:2] for row in shared], is_quoted=True)]

@@ -99,6 +99,19 @@ def test_another_task_is_not_held_against_the_target(tmp_path, where):
     assert ("readme" in {row[1] for row in data["check"]["table"]["rows"]}) == (where != "campaign")
 
 
+def test_tables_that_differ_show_the_rows_that_do(tmp_path):
+    """A rate within a group, a group more, and a layer less; what is no table is shown whole."""
+    a = "Group(name='mlp', rule=Muon(lr=0.03))", "Group(name='head', rule=AdamW(betas=(0.8, 0.95)))"
+    b = "Group(name='new', rule=AdamW())", a[0].replace("3", "2"), a[1]
+    for side, rows, layers in (("A", a, "(Layer(), Layer())"), ("B", b, "(Layer(),)")):
+        logs.write_log(tmp_path / side, logs.Spec(
+            constants=f"groups = ({', '.join(rows)})\nlayers = {layers}\nbetas = (1, {len(rows)})\nother = ()"))
+    differing, shared = report.gather(tmp_path)["constants"]
+    assert differing["rows"] == [["groups[mlp]", a[0], b[1]], ["layers[1]", "Layer()", "not stated"],
+                                 ["betas", "(1, 2)", "(1, 3)"], ["groups[new]", "not stated", b[0]]]
+    assert shared["rows"] == [["groups[head]", a[1]], ["layers[0]", "Layer()"], ["other", "()"]]
+
+
 def test_logs_that_no_statistic_covers_are_shown_all_the_same(tmp_path):
     """Of several lengths, unfinished, compressed; a damaged one is told by `check`."""
     write_side(tmp_path, [logs.Spec(seed=1), logs.Spec(seed=2, num_iterations=100), logs.Spec(seed=3, last_step=60)])
