@@ -137,12 +137,11 @@ def claims_of_difference(r: dict) -> list[str]:
     return claims
 
 
-def claims_of(groups: list[Group], judged: Group | None, r: dict | None) -> list[str]:
-    """Sentences; the first is the headline."""
+def claims_of(groups: list[Group], judged: Group | None, r: dict | None, has_sides: bool) -> list[str]:
+    """Sentences; the first is the headline: of a campaign, which `has_sides`, the difference."""
     claims = [claim_of_target(judged)] if judged else []
-    sides = sides_of(groups)
-    if sides:
-        claims += claims_of_difference(r)
+    if r:
+        claims = claims_of_difference(r) + claims if has_sides else claims + claims_of_difference(r)
     elif not claims:
         claims = [f"{group.label}: " * (len(groups) > 1) + claim_of_losses(group.side.losses) + "."
                   for group in groups if group.side]
@@ -395,7 +394,8 @@ def assemble(title: str, groups: list[Group], folder: check.Folder | None, findi
     sides = sides_of(groups)
     r = compare.compare_sides(*(group.side for group in sides)) if sides else None
     judged = judged_of(groups, folder)
-    claims = [typeset(claim) for claim in claims_of(groups, judged, r)] or ["No run has finished."]
+    has_sides = folder is not None and folder.has_sides
+    claims = [typeset(claim) for claim in claims_of(groups, judged, r, has_sides)] or ["No run has finished."]
     checked = check_section(folder, findings) if folder else None
     logged = [group for group in groups if any(run.source or run.constants for run in group.runs)]
     shown = sides or [group for group in groups if group.side and group.side.has_curve][:1]
@@ -454,10 +454,13 @@ def page_of(path: Path) -> str:
 
 
 def report(path: Path, out: Path | None, as_json: bool) -> None:
-    """Writes the report of a folder into it, of a log beside it, or to `out`. Raises RecordError."""
-    out = out or (path / "report.html" if path.is_dir() else path.with_name(LOG_SUFFIX.sub("", path.name) + ".html"))
+    """Writes the report of a folder to logs/, of a log beside it, or to `out`. Raises RecordError."""
     text = page_of(path)
+    in_logs = Path("logs") / f"{path.resolve().name}.html"  # git ignores logs/: a record's folder stays as it is
     try:
+        if out is None and path.is_dir():
+            in_logs.parent.mkdir(exist_ok=True)
+        out = out or (in_logs if path.is_dir() else path.with_name(LOG_SUFFIX.sub("", path.name) + ".html"))
         write_text(out, text)
     except OSError as error:
         raise RecordError(f"{out} cannot be written ({error.strerror}): name another file with --out.") from error

@@ -99,6 +99,15 @@ def test_another_task_is_not_held_against_the_target(tmp_path, where):
     assert ("readme" in {row[1] for row in data["check"]["table"]["rows"]}) == (where != "campaign")
 
 
+def test_a_campaigns_headline_is_the_difference(tmp_path):
+    """Of the record's task: the target is told, too."""
+    write_side(tmp_path / "A", logs.baseline_specs())
+    write_side(tmp_path / "B", logs.record_specs())
+    data = report.gather(tmp_path)
+    assert "B ends" in data["headline"] and data["target"] == 2.92 and "8 runs end" in data["sentences"][2]
+    assert data["sentences"][-1].startswith("By the rules of check: a comparison of B with A: keeps every rule")
+
+
 def test_tables_that_differ_show_the_rows_that_do(tmp_path):
     """A rate within a group, a group more, and a layer less; what is no table is shown whole."""
     a = "Group(name='mlp', rule=Muon(lr=0.03))", "Group(name='head', rule=AdamW(betas=(0.8, 0.95)))"
@@ -130,20 +139,20 @@ def test_logs_that_no_statistic_covers_are_shown_all_the_same(tmp_path):
         report.gather(tmp_path / "empty")
 
 
-@pytest.mark.parametrize("arguments, name", [([], "report.html"), (["--out", "x.html"], "x.html")])
+@pytest.mark.parametrize("arguments, name", [([], "logs/2025-11-02_SmearMTP.html"), (["--out", "x.html"], "x.html")])
 def test_published_figures_are_shown(tmp_path, capsys, monkeypatch, arguments, name):
     folder = tmp_path / "2025-11-02_SmearMTP"
     folder.mkdir()
     for file in ("published.json", "README.md"):
         (folder / file).write_bytes((RECORDS / folder.name / file).read_bytes())
-    monkeypatch.chdir(folder)
-    assert records.main(["report", ".", *arguments]) == 0 and capsys.readouterr().out.strip() == name
-    assert sorted(path.name for path in folder.iterdir()) == sorted(["README.md", name, "published.json"])
-    data = data_of((folder / name).read_text())
+    monkeypatch.chdir(tmp_path)
+    assert records.main(["report", str(folder), *arguments]) == 0 and capsys.readouterr().out.strip() == name
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "published.json"]
+    data = data_of((tmp_path / name).read_text())
     assert "26 runs end at a mean loss of 2.919309" in data["headline"] and "2.919035 to 2.919583" in data["headline"]
     assert data["sentences"] == ["By the rules of check: figures only, cannot be verified."]
     assert len(data["groups"][0]["runs"]) == 26 and len(data["groups"][0]["mean"]["step"]) == 46
-    assert records.main(["report", ".", "--out", "nowhere/x.html"]) == 2
+    assert records.main(["report", str(folder), "--out", "nowhere/x.html"]) == 2
     assert "name another file" in capsys.readouterr().err
 
 
@@ -300,6 +309,15 @@ def test_every_width_and_scheme(page, tmp_path, width, scheme):
     assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
     assert len(page.call("Page.printToPDF")["data"]) > 50_000
     assert page.evaluate("!document.documentElement.classList.contains('printing')")
+
+
+@needs_chromium
+def test_the_last_tick_is_whole(browser, tmp_path):
+    """Of 4,000 steps it stands at the plot's edge; no ink of its label reaches the canvas's."""
+    report.report(logs.write_log(tmp_path, logs.Spec(num_iterations=4000, val_every=1000)), tmp_path / "x.html", True)
+    browser.open((tmp_path / "x.html").as_uri())
+    assert not browser.evaluate("""(() => { const canvas = document.querySelector('#loss-chart canvas');
+        return canvas.getContext('2d').getImageData(canvas.width - 1, 0, 1, canvas.height).data.some(x => x); })()""")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
