@@ -456,11 +456,12 @@ def page_of(path: Path) -> str:
 def report(path: Path, out: Path | None, as_json: bool) -> None:
     """Writes the report of a folder to logs/, of a log beside it, or to `out`. Raises RecordError."""
     text = page_of(path)
-    in_logs = Path("logs") / f"{path.resolve().name}.html"  # git ignores logs/: a record's folder stays as it is
+    logs = Path("logs")  # which git ignores: a record's folder stays as it is
+    out = out or (logs / f"{path.resolve().name}.html" if path.is_dir() else
+                  path.with_name(LOG_SUFFIX.sub("", path.name) + ".html"))
     try:
-        if out is None and path.is_dir():
-            in_logs.parent.mkdir(exist_ok=True)
-        out = out or (in_logs if path.is_dir() else path.with_name(LOG_SUFFIX.sub("", path.name) + ".html"))
+        if out.parent == logs:
+            logs.mkdir(exist_ok=True)
         write_text(out, text)
     except OSError as error:
         raise RecordError(f"{out} cannot be written ({error.strerror}): name another file with --out.") from error

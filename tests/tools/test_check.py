@@ -279,10 +279,11 @@ def test_the_verdict_says_why_no_run_counts(tmp_path):
 
 def test_figures_only(capsys):
     assert records.main(["check", str(RECORDS / "2025-11-02_SmearMTP"), "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
+    report = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
     assert report["verdict"] == "figures only, cannot be verified"
     assert report["statistics"]["n"] == 26 and report["statistics"]["t_p"] < 0.01
     status = {rule["id"]: rule["status"] for rule in report["rules"]}
+    assert [*status] == [rule.id for rule in check.RULES]
     assert "broken" not in status.values() and status["target-t"] == "ok" and status["times"] == "not applicable"
 
 
@@ -303,14 +304,6 @@ def test_an_empty_folder_is_no_record(tmp_path, capsys):
     assert "nothing to judge" in capsys.readouterr().out
     with pytest.raises(RecordError, match="is not a folder"):
         check.read_folder(tmp_path / "none")
-
-
-def test_json_is_strict_and_complete(sound_record, capsys):
-    assert records.main(["check", str(sound_record), "--json"]) == 0
-    report = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
-    assert [rule["id"] for rule in report["rules"]] == [rule.id for rule in check.RULES]
-    assert all(rule["why"] and rule["origin"] and rule["severity"] in ("error", "warning", "note")
-               for rule in report["rules"])
 
 
 def test_two_presets_of_the_trainer_s_own_source_keep_every_rule(record):

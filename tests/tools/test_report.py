@@ -101,8 +101,8 @@ def test_another_task_is_not_held_against_the_target(tmp_path, where):
 
 def test_a_campaigns_headline_is_the_difference(tmp_path):
     """Of the record's task: the target is told, too."""
-    write_side(tmp_path / "A", logs.baseline_specs())
-    write_side(tmp_path / "B", logs.record_specs())
+    for side, specs in (("A", logs.baseline_specs()), ("B", logs.record_specs())):
+        write_side(tmp_path / side, specs)
     data = report.gather(tmp_path)
     assert "B ends" in data["headline"] and data["target"] == 2.92 and "8 runs end" in data["sentences"][2]
     assert data["sentences"][-1].startswith("By the rules of check: a comparison of B with A: keeps every rule")
