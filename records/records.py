@@ -79,7 +79,7 @@ def parse(argv):
     reporting = add_command(commands, "report", lambda args: report.report(args.path, args.out, args.json),
                             "write one HTML file that opens offline: claim, curves, tables, what check found")
     reporting.add_argument("path", type=Path, metavar="FOLDER", help="a record's folder, a folder of logs, or a log")
-    reporting.add_argument("--out", type=Path, help="the file (default: report.html in the folder; LOG.html)")
+    reporting.add_argument("--out", type=Path, help="the file (default: logs/FOLDER.html; LOG.html beside a log)")
 
     plotting = add_command(commands, "plot", plot_figures, "draw loss, ms/step, lambdas and final losses as PNG files")
     plotting.add_argument("paths", type=Path, nargs="+", metavar="RUNS",

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 import readme_figures as figures
-from inference import ALPHA, POOLED_SIGMA, POWER, TARGET, TargetTest, against_target, format_p, runs_needed, welch
+from inference import (ALPHA, POOLED_SIGMA, POWER, TARGET, TargetTest, against_target, format_p, plus_minus,
+                       runs_needed, welch)
 from run_log import LOG_SUFFIX, RUN_ID, NoSteps, RecordError, Run, Validation, find_logs, read_log, read_published, walk
 from tables import format_json, format_table
 
@@ -54,11 +55,17 @@ class Folder:
     unstarted: int = 0  # of the unreadable, those without a step
     published: dict | None = None  # figures in place of logs
     scripts: list[Path] = field(default_factory=list)
+    has_sides: bool = False  # A/ and B/, as `campaign` leaves them: A is the baseline
+
+    @property
+    def filed(self) -> bool:
+        """Whether it lies in experiments/."""
+        return self.path.resolve().parent.name == EXPERIMENTS
 
     @property
     def experiment(self) -> bool:
-        """Whether it lies in experiments/: a comparison, of another task than the record's."""
-        return self.path.resolve().parent.name == EXPERIMENTS
+        """Whether it is a comparison, which need not be of the record's task."""
+        return self.filed or self.has_sides
 
     @property
     def logs(self) -> list[Run]:
@@ -127,7 +134,11 @@ def read_folder(path: Path) -> Folder:
             folder.unreadable.append(str(error))
             folder.unstarted += isinstance(error, NoSteps)
     folder.baseline, folder.failed = roles.pop("baseline", []), roles.pop("failed", [])
-    folder.record = roles.pop("record", None) or list(chain(*roles.values()))
+    folder.has_sides = {"A", "B"} <= roles.keys() and "record" not in roles and not folder.baseline
+    if folder.has_sides:
+        folder.baseline, folder.record = roles.pop("A"), roles.pop("B")
+    else:
+        folder.record = roles.pop("record", None) or list(chain(*roles.values()))
     folder.other = [run for run in chain(*roles.values()) if run not in folder.record]
     if not folder.logs and not folder.unreadable:
         read_figures_only(folder)
@@ -167,6 +178,8 @@ def name_of(run: Run) -> str:
 @rule("readme", "error", "A claim needs its words: what changed, against which baseline.",
       "records/README.md, how to submit", on_figures=True)
 def has_readme(folder, limits):
+    if folder.has_sides and not folder.filed:
+        return None
     return [] if folder.readme else ["there is no README.md, or it is empty"]
 
 
@@ -187,8 +200,9 @@ def all_finished(folder, limits):
       "records/README.md, rule 7; logs that were not among the listed runs")
 def none_left_out(folder, limits):
     sources = {run.source for run in folder.record if run.source}
+    others = folder.failed + folder.other + ([] if folder.has_sides else folder.baseline)  # a campaign may try A twice
     return [f"{run.path.relative_to(folder.path)} is a finished run of the record's script"
-            for run in folder.failed + folder.other + folder.baseline if run.finished and not run.resumed_from
+            for run in others if run.finished and not run.resumed_from
             and run.source in sources and same_constants(run, folder.record[0])]
 
 
@@ -577,7 +591,7 @@ def apply_rules(folder: Folder, limits: Limits) -> list[Finding]:
 def verdict_of(folder: Folder, findings: list[Finding]) -> str:
     """One line. Errors come first; published figures are never better than unverified."""
     broken = Counter(finding.rule.severity for finding in findings if finding.status == "broken")
-    errors = f"{broken['error']} error{'s' * (broken['error'] != 1)}"
+    errors, warnings = (f"{broken[kind]} {kind}{'s' * (broken[kind] != 1)}" for kind in ("error", "warning"))
     if folder.published:
         return "figures only, cannot be verified" + (f"; {errors} in the figures" if broken["error"] else "")
     if not folder.logs and not folder.unstarted:
@@ -590,8 +604,11 @@ def verdict_of(folder: Folder, findings: list[Finding]) -> str:
     if broken["error"]:
         return f"does not hold: {errors}"
     if folder.experiment:
-        return f"an experiment: keeps every rule but those of the record's task, with {broken['warning']} warnings"
-    return f"holds, with {broken['warning']} warnings" if broken["warning"] else "holds: every rule is kept"
+        if 1 in (len(folder.counted), len(final_losses(folder.baseline))):
+            return f"a comparison that shows nothing yet: a side has one run, so no interval and no test; {warnings}"
+        kind = "an experiment" if folder.filed else "a comparison of B with A"
+        return f"{kind}: keeps every rule but those of the record's task, with {warnings}"
+    return f"holds, with {warnings}" if broken["warning"] else "holds: every rule is kept"
 
 
 def has_errors(folder: Folder, findings: list[Finding]) -> bool:
@@ -636,10 +653,9 @@ def report(folder: Folder, findings: list[Finding], statistics: dict, verdict: s
         s = statistics
         lines += [format_table([
             ["runs", f"{s['n']} (baseline {s['baseline_runs']}, failed {s['failed_runs']}, other {s['other_runs']})"],
-            ["loss", f"{s['mean']:.6f} nats/token" if s["n"] < 2 else
-             f"{s['mean']:.6f} +- {s['std']:.6f} nats/token, 95 % interval {s['low']:.6f} to {s['high']:.6f}"],
-            ["train time", f"{s['train_seconds_mean']:.3f} s" if s["n"] < 2 else
-             f"{s['train_seconds_mean']:.3f} +- {s['train_seconds_std']:.3f} s"],
+            ["loss", plus_minus(s["mean"], s["std"], ".6f") + " nats/token" + (
+                f", 95 % interval {s['low']:.6f} to {s['high']:.6f}" if s["n"] > 1 else "")],
+            ["train time", plus_minus(s["train_seconds_mean"], s["train_seconds_std"], ".3f") + " s"],
             *([] if folder.experiment else against_the_target(s))]), ""]
     broken = [finding for finding in findings if finding.status == "broken"]
     if broken:

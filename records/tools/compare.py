@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from curves import Curve, Side, mean_curve, read_side
-from inference import CONFIDENCE, Interval, std, welch
+from inference import CONFIDENCE, Interval, paired, plus_minus, std, welch
 from run_log import Run
 from tables import format_json, format_table
 
@@ -170,6 +170,21 @@ def describe_equal_loss(r: dict) -> str:
             + ending)
 
 
+def basis(r: dict) -> str:
+    """What the differences of `compare_sides` rest on, in words."""
+    if r["a"]["n"] > 1 and r["b"]["n"] > 1:
+        return f"{r['confidence']:.0%} intervals over runs (Welch)"
+    return "no interval and no test, since a side has one run"
+
+
+def paired_losses(a: Side, b: Side) -> list[list[float]] | None:
+    """Final losses of both sides by seed, two or more; None unless each is the seed of one run of A and one of B."""
+    by_seed = [{run.constants.get("drawn seed"): run.final_loss for run in side.runs} for side in (a, b)]
+    seeds = sorted(by_seed[0].keys() - {None})
+    alike = all(len(seeds) == len(side.runs) and losses.keys() == {*seeds} for side, losses in zip((a, b), by_seed))
+    return [[losses[seed] for seed in seeds] for losses in by_seed] if alike and len(seeds) > 1 else None
+
+
 def warnings_for(a: Side, b: Side) -> list[str]:
     """What differs between the sides besides the script, or within one."""
     lines = []
@@ -181,8 +196,6 @@ def warnings_for(a: Side, b: Side) -> list[str]:
     for side in (a, b):
         if len({run.source for run in side.runs}) > 1:
             lines.append(f"{side.name} holds runs of different sources")
-        if len(side.runs) < 2:
-            lines.append(f"{side.name} is one run: no interval, no test")
         if side.skipped:
             lines.append(f"{side.name}: {side.skipped} unfinished runs are left out")
         if side.has_curve and logged_kinds(side) is None:
@@ -203,11 +216,14 @@ def compare_sides(a: Side, b: Side) -> dict:
               for name, side in (("a", a), ("b", b))}
     result |= {"confidence": CONFIDENCE, "loss_difference": asdict(welch(a.losses, b.losses)),
                "seconds_difference": asdict(welch(a.seconds, b.seconds)), "warnings": warnings_for(a, b)}
+    pairs = paired_losses(a, b)
+    if pairs:
+        result["loss_difference_paired_by_seed"] = asdict(paired(*pairs))
     if a.has_curve and b.has_curve:
         curves = mean_curve(a), mean_curve(b)
         slope, start = final_slope(curves[0])
         result |= {"loss_at_equal": loss_rows(*curves), "loss_per_step_at_the_end": slope, "slope_from_step": start,
-                   "loss_difference_in_steps": result["loss_difference"]["value"] / slope if slope else math.nan,
+                   "loss_difference_in_steps": result["loss_difference"]["value"] / slope if slope < 0 else math.nan,
                    "steps_at_equal_loss": steps_at_equal_loss(a, b, curves)}
         if math.isfinite(curves[0].seconds[-1] + curves[1].seconds[-1]):
             result |= explain_times(a, b)
@@ -239,21 +255,24 @@ def name_row(row: dict) -> list[str]:
 
 def report(r: dict) -> str:
     a, b = r["a"], r["b"]
-    lines = [format_table([[key, str(s["n"]), f"{s['steps']:,}", f"{s['loss_mean']:.6f} +- {s['loss_std']:.6f}",
-                            f"{s['seconds_mean']:.3f} +- {s['seconds_std']:.3f}", f"{s['ms_per_step']:.2f}", s["name"]]
-                           for key, s in (("A", a), ("B", b))],
+    lines = [format_table([[key, str(s["n"]), f"{s['steps']:,}", plus_minus(s["loss_mean"], s["loss_std"], ".6f"),
+                            plus_minus(s["seconds_mean"], s["seconds_std"], ".3f"), f"{s['ms_per_step']:.2f}",
+                            s["name"]] for key, s in (("A", a), ("B", b))],
                           ["", "runs", "steps", "loss (nats/token)", "train time (s)", "ms/step", "name"]), "",
-             f"B - A, {r['confidence']:.0%} intervals over runs (Welch):"]
-    rows = [["loss", Interval(**r["loss_difference"]).format("+.6f", " nats/token")],
-            ["time", Interval(**r["seconds_difference"]).format("+.3f", " s")]]
+             f"B - A, {basis(r)}:"]
+    rows = [[name, Interval(**r[key]).format(spec, unit)] for name, key, spec, unit in (
+        ("loss", "loss_difference", "+.6f", " nats/token"),
+        ("  paired by seed (Student)", "loss_difference_paired_by_seed", "+.6f", " nats/token"),
+        ("time", "seconds_difference", "+.3f", " s")) if key in r]
     rows += [[f"  {PARTS[name]}", Interval(**part).format("+.3f", " s")]
              for name, part in r.get("decomposition", {}).items()]
     if "loss_per_step_at_the_end" in r:
         at_equal = Interval(**r["steps_at_equal_loss"]["difference"]).format("+.1f", " steps")
         rows.append(["steps at equal loss", f"{at_equal}: {describe_equal_loss(r)}"])
-        steps = r["loss_difference_in_steps"]
+        steps, slope, start = r["loss_difference_in_steps"], r["loss_per_step_at_the_end"], r["slope_from_step"]
         rows.append(["loss in steps", f"{abs(steps):.1f} steps {'gained' if steps > 0 else 'lost'}: A's curve falls by "
-                     f"{-1e6 * r['loss_per_step_at_the_end']:.2f}e-6 a step from step {r['slope_from_step']:,} on"])
+                     f"{-slope:.2g} nats/token a step from step {start:,} on" if slope < 0 else
+                     f"no number: A's curve does not fall from step {start:,} on"])
     lines.append(format_table(rows))
     for key, title, header in (
             ("window", "equal window and batch", ["tokens of a batch", "window (blocks)"]),

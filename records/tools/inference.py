@@ -26,9 +26,9 @@ class Interval:
     p: float
 
     def format(self, spec: str, unit: str = "") -> str:
-        if math.isnan(self.low):
-            return f"{self.value:{spec}}{unit} (no interval: a side has one run)"
-        return f"{self.value:{spec}}{unit} [{self.low:{spec}}, {self.high:{spec}}], p = {format_p(self.p)}"
+        value = signed(self.value, spec) + unit
+        return value if math.isnan(self.low) else (
+            f"{value} [{signed(self.low, spec)}, {signed(self.high, spec)}], p = {format_p(self.p)}")
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,17 @@ class TargetTest:
 
 def format_p(p: float) -> str:
     return "unknown" if math.isnan(p) else f"{p:.2e}" if p < 0.001 else f"{p:.4f}"
+
+
+def signed(value: float, spec: str) -> str:
+    """As `format` has it, but without a minus before a zero."""
+    text = format(value, spec)
+    return text.replace("-", "+") if float(text) == 0 else text
+
+
+def plus_minus(mean: float, spread: float, spec: str) -> str:
+    """A mean and its deviation; of one run, which has none, the value alone."""
+    return format(mean, spec) + (f" +- {spread:{spec}}" if math.isfinite(spread) else "")
 
 
 def std(values: Sequence[float]) -> float:
@@ -90,6 +101,14 @@ def welch(a: Sequence[float], b: Sequence[float], confidence: float = CONFIDENCE
     half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * error
     return Interval(difference, difference - half, difference + half,
                     float(2 * stats.t.sf(abs(difference) / error, freedom)))
+
+
+def paired(a: Sequence[float], b: Sequence[float]) -> Interval:
+    """The mean of b - a over two pairs or more, Student's interval, and the paired t-test's p."""
+    differences = np.subtract(b, a)
+    value, error = float(differences.mean()), std(differences) / math.sqrt(len(differences))
+    t = abs(value) / error if error else math.inf if value else 0.0
+    return Interval(value, *mean_interval(differences), float(2 * stats.t.sf(t, len(differences) - 1)))
 
 
 def t_test_power(n: int, margin: float, sigma: float, alpha: float = ALPHA) -> float:

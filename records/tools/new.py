@@ -9,7 +9,7 @@ import numpy as np
 
 import check
 import compare
-from inference import Interval, format_p, std
+from inference import Interval, format_p, plus_minus, std
 from report import claims_of_difference, page_of
 from run_log import RUN_ID, RecordError, Run, find_logs, read_log, read_text
 from tables import format_markdown, write_text
@@ -59,7 +59,7 @@ def one_of(runs: list[Run], attribute: str) -> str:
 def figures_of(runs: list[Run]) -> tuple[str, str]:
     """Mean and deviation of loss and mean time as the tables print them."""
     losses = [run.final_loss for run in runs]
-    return f"{np.mean(losses):.6f} +- {std(losses):.6f}", f"{np.mean([run.train_seconds for run in runs]):.3f}"
+    return plus_minus(np.mean(losses), std(losses), ".6f"), f"{np.mean([run.train_seconds for run in runs]):.3f}"
 
 
 def runs_table(runs: list[Run]) -> str:
@@ -82,8 +82,8 @@ def write_readme(folder: Path, title: str, what: str, figures: list[Path]) -> No
         ["driver", one_of(runs, "driver")], ["steps", ", ".join(sorted({f"{run.num_iterations:,}" for run in runs}))]]),
         "## Results\n\n" + format_markdown(["statistic", "value"], [
             ["n (runs)", str(test.n)], ["mean loss +- std (nats/token)", figures_of(runs)[0]],
-            ["95 % interval of the mean", f"{test.low:.6f} to {test.high:.6f}"],
-            ["mean train time +- std (s)", f"{np.mean(seconds):.3f} +- {std(seconds):.3f}"], *against_the_target]),
+            *([["95 % interval of the mean", f"{test.low:.6f} to {test.high:.6f}"]] if test.n > 1 else []),
+            ["mean train time +- std (s)", plus_minus(np.mean(seconds), std(seconds), ".3f")], *against_the_target]),
         f"## All {len(runs)} runs\n\n{runs_table(runs)}"]
     baseline = [run for run in record.baseline if run.finished]
     if baseline:
@@ -111,7 +111,7 @@ def describe_baseline(baseline: list[Run], r: dict) -> str:
     loss, seconds = figures_of(baseline)
     return (f"## Baseline\n\nMean loss {loss} nats/token, mean train time {seconds} s; {baseline[0].num_iterations:,} "
             f"steps, torch {one_of(baseline, 'torch')}, {one_of(baseline, 'hardware')}.\n\n{runs_table(baseline)}\n\n"
-            f"{format_markdown(['record minus baseline', 'difference [95 % interval]'], rows)}")
+            f"{format_markdown(['record minus baseline', compare.basis(r)], rows)}")
 
 
 def leaderboard(records: Path) -> str:

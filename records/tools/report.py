@@ -2,12 +2,14 @@
 
 This module gathers what the logs say, report/report.js draws it. Numbers become text here, as other tools print them.
 """
+import ast
 import base64
 import difflib
 import hashlib
 import html
 import math
 import re
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +18,7 @@ import numpy as np
 import check
 import compare
 from curves import Curve, Side, mean_curve, read_curve, side_of
-from inference import ALPHA, CONFIDENCE, TARGET, Interval, against_target, format_p, mean_interval, std
+from inference import ALPHA, CONFIDENCE, TARGET, Interval, against_target, format_p, mean_interval, signed, std
 from run_log import LOG_SUFFIX, RecordError, Run, read_log
 from tables import format_json, write_text
 
@@ -73,11 +75,11 @@ def sides_of(groups: list[Group]) -> tuple[Group, Group] | None:
     return (by_label["A"], by_label["B"]) if {"A", "B"} <= by_label.keys() else None
 
 
-def judged_of(groups: list[Group], folder: check.Folder | None, findings: list[check.Finding]) -> Group | None:
+def judged_of(groups: list[Group], folder: check.Folder | None) -> Group | None:
     """The runs that the target is for, if their loss is the record's: on its validation tokens and real data by
     `check`, or published."""
-    broken = {finding.rule.id for finding in findings if finding.status == "broken"}
-    if folder is None or folder.experiment or broken & {"val-tokens", "data"}:
+    tests = check.whole_validation_set, check.real_data
+    if folder is None or folder.filed or folder.logs and any(test(folder, check.Limits()) for test in tests):
         return None
     return next((group for group in groups if group.side and group.label in ("B", "record", "all")), None)
 
@@ -95,10 +97,10 @@ def typeset(text: str) -> str:
 
 
 def in_words(interval: Interval, spec: str) -> str:
-    if math.isnan(interval.low):
-        return "no interval, no test: a side has one run"
-    return (f"{CONFIDENCE:.0%} interval of B - A: {interval.low:{spec}} to {interval.high:{spec}}, "
-            f"p = {format_p(interval.p)}")
+    """In parentheses; empty where a side has one run."""
+    return "" if math.isnan(interval.low) else (
+        f" ({CONFIDENCE:.0%} interval of B - A: {interval.low:{spec}} to {interval.high:{spec}}, "
+        f"p = {format_p(interval.p)})")
 
 
 def claim_of_losses(losses: list[float]) -> str:
@@ -121,26 +123,25 @@ def claims_of_difference(r: dict) -> list[str]:
     loss, seconds = Interval(**r["loss_difference"]), Interval(**r["seconds_difference"])
     claims = ["No difference in loss is shown: " * (loss.p >= 1 - CONFIDENCE)
               + f"B ends {abs(loss.value):.6f} nats/token {'below' if loss.value < 0 else 'above'} A: mean "
-              f"{r['b']['loss_mean']:.6f} of {plural(r['b']['n'])} against {r['a']['loss_mean']:.6f} of {r['a']['n']} "
-              f"({in_words(loss, '+.6f')})."]
+              f"{r['b']['loss_mean']:.6f} of {plural(r['b']['n'])} against {r['a']['loss_mean']:.6f} of {r['a']['n']}"
+              f"{in_words(loss, '+.6f') or ': ' + compare.basis(r)}."]
     if "steps_at_equal_loss" in r:
         steps = Interval(**r["steps_at_equal_loss"]["difference"])
         if math.isfinite(steps.value):
             more = "fewer" if steps.value < 0 else "more"
-            claims.append(f"At equal loss B takes {abs(steps.value):.1f} steps {more} ({in_words(steps, '+.1f')}): "
+            claims.append(f"At equal loss B takes {abs(steps.value):.1f} steps {more}{in_words(steps, '+.1f')}: "
                           f"steps {compare.describe_equal_loss(r)}.")
     if math.isfinite(seconds.value):
-        claims.append(f"B's training takes {abs(seconds.value):.3f} s {'less' if seconds.value < 0 else 'more'} "
-                      f"({in_words(seconds, '+.3f')}).")
+        claims.append(f"B's training takes {abs(seconds.value):.3f} s {'less' if seconds.value < 0 else 'more'}"
+                      f"{in_words(seconds, '+.3f')}.")
     return claims
 
 
-def claims_of(groups: list[Group], judged: Group | None, r: dict | None) -> list[str]:
-    """Sentences; the first is the headline."""
+def claims_of(groups: list[Group], judged: Group | None, r: dict | None, has_sides: bool) -> list[str]:
+    """Sentences; the first is the headline: of a campaign, which `has_sides`, the difference."""
     claims = [claim_of_target(judged)] if judged else []
-    sides = sides_of(groups)
-    if sides:
-        claims += claims_of_difference(r)
+    if r:
+        claims = claims_of_difference(r) + claims if has_sides else claims + claims_of_difference(r)
     elif not claims:
         claims = [f"{group.label}: " * (len(groups) > 1) + claim_of_losses(group.side.losses) + "."
                   for group in groups if group.side]
@@ -182,13 +183,15 @@ def sides_table(groups: list[Group]) -> dict:
 
 def difference_table(r: dict) -> dict:
     rows = [("final loss (nats/token)", r["loss_difference"], "+.6f"),
+            *([("the same, paired by seed (Student)", r["loss_difference_paired_by_seed"], "+.6f")]
+              if "loss_difference_paired_by_seed" in r else []),
             ("training time (s)", r["seconds_difference"], "+.3f"),
             *((f"of which {compare.PARTS[name]} (s)", part, "+.3f")
               for name, part in r.get("decomposition", {}).items())]
     if "steps_at_equal_loss" in r:
         rows.append(("steps at equal loss", r["steps_at_equal_loss"]["difference"], "+.1f"))
-    return table("B - A, Welch's intervals over runs", ["", "difference", f"{CONFIDENCE:.0%} interval", "p"], [
-        [name, format(i["value"], spec), *([f"{i['low']:{spec}} to {i['high']:{spec}}", format_p(i["p"])]
+    return table(f"B - A, {compare.basis(r)}", ["", "difference", f"{CONFIDENCE:.0%} interval", "p"], [
+        [name, signed(i["value"], spec), *([f"{i['low']:{spec}} to {i['high']:{spec}}", format_p(i["p"])]
                                            if math.isfinite(i["low"]) else ["", ""])]
         for name, i, spec in rows if math.isfinite(i["value"])])
 
@@ -239,14 +242,29 @@ def machine_table(groups: list[Group]) -> dict:
     return table("Hardware and versions", ["", *(group.label for group in groups)], rows, is_quoted=True)
 
 
+def rows_of(name: str, value: str) -> dict[str, str]:
+    """A constant under its name; of a table, which is a tuple of calls such as `(Stage(...), ...)`, every row under its
+    own: `groups[mlp]` where rows have a name, otherwise `layers[3]`."""
+    try:
+        tree = ast.parse(value, mode="eval").body
+    except SyntaxError:
+        return {name: value}
+    if not (isinstance(tree, ast.Tuple) and tree.elts and all(isinstance(row, ast.Call) for row in tree.elts)):
+        return {name: value}
+    keys = [next((ast.unparse(field.value).strip("'") for field in row.keywords if field.arg == "name"), number)
+            for number, row in enumerate(tree.elts)]
+    keys = keys if len({*keys}) == len(keys) else range(len(keys))
+    return {f"{name}[{key}]": ast.get_source_segment(value, row) for key, row in zip(keys, tree.elts)}
+
+
 def constants_tables(groups: list[Group]) -> list[dict]:
     """Constants that differ between or within groups, then those that all runs share; the seed is each run's own."""
-    names = dict.fromkeys(name for group in groups for run in group.runs for name in run.constants)
+    constants = [[dict(chain(*(rows_of(*item).items() for item in run.constants.items()))) for run in group.runs]
+                 for group in groups]
+    names = dict.fromkeys(chain(*chain(*constants)))
     names.pop("drawn seed", None)
-    rows = [[name, *(values_of(group.runs, lambda run: run.constants.get(name, "not stated")) for group in groups)]
-            for name in names]
-    shared = [row for row in rows if len({*row[1:]}) == 1 and len({
-        run.constants.get(row[0]) for group in groups for run in group.runs}) == 1]
+    rows = [[name, *(values_of(runs, lambda run: run.get(name, "not stated")) for runs in constants)] for name in names]
+    shared = [row for row in rows if len({run.get(row[0]) for run in chain(*constants)}) == 1]
     return [table("Constants that differ", ["constant", *(group.label for group in groups)],
                   [row for row in rows if row not in shared], is_quoted=True),
             table("Constants that all runs share", ["constant", "value"], [row[:2] for row in shared], is_quoted=True)]
@@ -375,8 +393,9 @@ def gather(path: Path) -> dict:
 def assemble(title: str, groups: list[Group], folder: check.Folder | None, findings: list[check.Finding]) -> dict:
     sides = sides_of(groups)
     r = compare.compare_sides(*(group.side for group in sides)) if sides else None
-    judged = judged_of(groups, folder, findings)
-    claims = [typeset(claim) for claim in claims_of(groups, judged, r)] or ["No run has finished."]
+    judged = judged_of(groups, folder)
+    has_sides = folder is not None and folder.has_sides
+    claims = [typeset(claim) for claim in claims_of(groups, judged, r, has_sides)] or ["No run has finished."]
     checked = check_section(folder, findings) if folder else None
     logged = [group for group in groups if any(run.source or run.constants for run in group.runs)]
     shown = sides or [group for group in groups if group.side and group.side.has_curve][:1]
@@ -435,10 +454,14 @@ def page_of(path: Path) -> str:
 
 
 def report(path: Path, out: Path | None, as_json: bool) -> None:
-    """Writes the report of a folder into it, of a log beside it, or to `out`. Raises RecordError."""
-    out = out or (path / "report.html" if path.is_dir() else path.with_name(LOG_SUFFIX.sub("", path.name) + ".html"))
+    """Writes the report of a folder to logs/, of a log beside it, or to `out`. Raises RecordError."""
     text = page_of(path)
+    logs = Path("logs")  # which git ignores: a record's folder stays as it is
+    out = out or (logs / f"{path.resolve().name}.html" if path.is_dir() else
+                  path.with_name(LOG_SUFFIX.sub("", path.name) + ".html"))
     try:
+        if out.parent == logs:
+            logs.mkdir(exist_ok=True)
         write_text(out, text)
     except OSError as error:
         raise RecordError(f"{out} cannot be written ({error.strerror}): name another file with --out.") from error

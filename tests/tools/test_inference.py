@@ -20,11 +20,6 @@ def test_target_test_is_scipys_t_test_and_the_textbooks_z_test():
     assert (ours.low, ours.high) == pytest.approx((low, high), rel=1e-12)
 
 
-def test_two_equal_runs_pass_the_t_test_but_not_the_z_test():
-    lucky = inference.against_target([2.919900, 2.919901])
-    assert lucky.t_p < 0.01 < lucky.z_p
-
-
 @pytest.mark.parametrize("losses", [[2.919], [2.919, 2.919]])
 def test_no_t_without_spread(losses):
     test = inference.against_target(losses)
@@ -38,21 +33,10 @@ def test_welch_is_scipys():
         (np.mean(OTHERS) - np.mean(LOSSES), low, high, theirs.pvalue), rel=1e-10)
 
 
-def test_welchs_interval_covers():
-    """95 % of the intervals of 2,000 simulated comparisons hold the true difference, within 5 standard errors."""
-    rng = np.random.default_rng(0)
-    trials = 2000
-    covered = 0
-    for _ in range(trials):
-        interval = inference.welch(rng.normal(0, 1, 4), rng.normal(1, 3, 8))
-        covered += interval.low <= 1 <= interval.high
-    # Welch's degrees of freedom are an approximation, good to about 1 % of coverage at these sizes.
-    assert abs(covered / trials - 0.95) < 5 * math.sqrt(0.95 * 0.05 / trials) + 0.01
-
-
 def test_one_run_has_no_interval():
     interval = inference.welch([2.92], [2.91])
-    assert interval.value == pytest.approx(-0.01) and math.isnan(interval.low) and "one run" in interval.format("+.3f")
+    assert math.isnan(interval.low)
+    assert interval.format("+.3f", " s") == "-0.010 s" and interval.format("+.1f") == "+0.0"
 
 
 @pytest.mark.parametrize("n, margin", [(2, 0.02), (5, 0.0018), (20, 0.0007)])

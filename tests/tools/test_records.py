@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from helpers import RECORDS
+from helpers import RECORDS, ROOT
 
 FOLDER = RECORDS / "2025-11-02_SmearMTP"
 READMES = [RECORDS / "README.md", FOLDER / "README.md"]
@@ -171,6 +171,9 @@ def test_figures_in_the_text_of_the_record():
         f"For the baseline, {old_steps:,} steps without Smear-MTP:",
     ]:
         assert sentence in text
+    for sentence in (f"saved {old_steps - new_steps} of {old_steps:,} steps", f"{statistics.mean(TIMES) / 60:.2f}.",
+                     f"negative up to step {max(negative):,} and ends at {CURVE[-1]['smear_lambda']:+.4f}"):
+        assert sentence in prose(ROOT / "README.md")
     assert last["val_loss"] not in LOSSES and last["train_time_ms"] / 1000 not in TIMES
     build_date = datetime.datetime.strptime(re.search(r"dev(\d{8})", RECORD["torch"]).group(1), "%Y%m%d").date()
     assert build_date - datetime.date.fromisoformat(RECORD["date"]) == datetime.timedelta(days=1)

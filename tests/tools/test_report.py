@@ -96,7 +96,29 @@ def test_another_task_is_not_held_against_the_target(tmp_path, where):
     assert data["target"] is None and data["headline"].startswith("B ends 0.500000 nats/token below A: mean 1.501000")
     assert [(group["label"], len(group["runs"])) for group in data["groups"]] == [("A", 3), ("B", 3), ("failed", 1)]
     assert data["places"] == "A: A/. B: B/. failed: B/failed/."
-    assert ("val-tokens" in {row[1] for row in data["check"]["table"]["rows"]}) == (where == "campaign")
+    assert ("readme" in {row[1] for row in data["check"]["table"]["rows"]}) == (where != "campaign")
+
+
+def test_a_campaigns_headline_is_the_difference(tmp_path):
+    """Of the record's task: the target is told, too."""
+    for side, specs in (("A", logs.baseline_specs()), ("B", logs.record_specs())):
+        write_side(tmp_path / side, specs)
+    data = report.gather(tmp_path)
+    assert "B ends" in data["headline"] and data["target"] == 2.92 and "8 runs end" in data["sentences"][2]
+    assert data["sentences"][-1].startswith("By the rules of check: a comparison of B with A: keeps every rule")
+
+
+def test_tables_that_differ_show_the_rows_that_do(tmp_path):
+    """A rate within a group, a group more, and a layer less; what is no table is shown whole."""
+    a = "Group(name='mlp', rule=Muon(lr=0.03))", "Group(name='head', rule=AdamW(betas=(0.8, 0.95)))"
+    b = "Group(name='new', rule=AdamW())", a[0].replace("3", "2"), a[1]
+    for side, rows, layers in (("A", a, "(Layer(), Layer())"), ("B", b, "(Layer(),)")):
+        logs.write_log(tmp_path / side, logs.Spec(
+            constants=f"groups = ({', '.join(rows)})\nlayers = {layers}\nbetas = (1, {len(rows)})\nother = ()"))
+    differing, shared = report.gather(tmp_path)["constants"]
+    assert differing["rows"] == [["groups[mlp]", a[0], b[1]], ["layers[1]", "Layer()", "not stated"],
+                                 ["betas", "(1, 2)", "(1, 3)"], ["groups[new]", "not stated", b[0]]]
+    assert shared["rows"] == [["groups[head]", a[1]], ["layers[0]", "Layer()"], ["other", "()"]]
 
 
 def test_logs_that_no_statistic_covers_are_shown_all_the_same(tmp_path):
@@ -117,20 +139,20 @@ def test_logs_that_no_statistic_covers_are_shown_all_the_same(tmp_path):
         report.gather(tmp_path / "empty")
 
 
-@pytest.mark.parametrize("arguments, name", [([], "report.html"), (["--out", "x.html"], "x.html")])
+@pytest.mark.parametrize("arguments, name", [([], "logs/2025-11-02_SmearMTP.html"), (["--out", "x.html"], "x.html")])
 def test_published_figures_are_shown(tmp_path, capsys, monkeypatch, arguments, name):
     folder = tmp_path / "2025-11-02_SmearMTP"
     folder.mkdir()
     for file in ("published.json", "README.md"):
         (folder / file).write_bytes((RECORDS / folder.name / file).read_bytes())
-    monkeypatch.chdir(folder)
-    assert records.main(["report", ".", *arguments]) == 0 and capsys.readouterr().out.strip() == name
-    assert sorted(path.name for path in folder.iterdir()) == sorted(["README.md", name, "published.json"])
-    data = data_of((folder / name).read_text())
+    monkeypatch.chdir(tmp_path)
+    assert records.main(["report", str(folder), *arguments]) == 0 and capsys.readouterr().out.strip() == name
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "published.json"]
+    data = data_of((tmp_path / name).read_text())
     assert "26 runs end at a mean loss of 2.919309" in data["headline"] and "2.919035 to 2.919583" in data["headline"]
     assert data["sentences"] == ["By the rules of check: figures only, cannot be verified."]
     assert len(data["groups"][0]["runs"]) == 26 and len(data["groups"][0]["mean"]["step"]) == 46
-    assert records.main(["report", ".", "--out", "nowhere/x.html"]) == 2
+    assert records.main(["report", str(folder), "--out", "nowhere/x.html"]) == 2
     assert "name another file" in capsys.readouterr().err
 
 
@@ -287,6 +309,15 @@ def test_every_width_and_scheme(page, tmp_path, width, scheme):
     assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
     assert len(page.call("Page.printToPDF")["data"]) > 50_000
     assert page.evaluate("!document.documentElement.classList.contains('printing')")
+
+
+@needs_chromium
+def test_the_last_tick_is_whole(browser, tmp_path):
+    """Of 4,000 steps it stands at the plot's edge; no ink of its label reaches the canvas's."""
+    report.report(logs.write_log(tmp_path, logs.Spec(num_iterations=4000, val_every=1000)), tmp_path / "x.html", True)
+    browser.open((tmp_path / "x.html").as_uri())
+    assert not browser.evaluate("""(() => { const canvas = document.querySelector('#loss-chart canvas');
+        return canvas.getContext('2d').getImageData(canvas.width - 1, 0, 1, canvas.height).data.some(x => x); })()""")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

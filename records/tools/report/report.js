@@ -200,9 +200,11 @@ class Chart {
       const format = {minimumFractionDigits: digits, maximumFractionDigits: digits};
       return splits.map(value => minus(value.toLocaleString("en-US", format)));
     };
+    // The last label of the x axis is centred on its tick, which may stand at the plot's edge.
+    const right = u => Math.max(14, 4 * (last(u.axes[0]._values || []) || "").length);
     const wide = (u, values) => values ? 18 + 7 * Math.max(...values.map(value => value.length)) : 50;
     return {
-      ...this.size(), legend: {show: false}, focus: {alpha: 0.3}, padding: [8, 14, 0, 0],
+      ...this.size(), legend: {show: false}, focus: {alpha: 0.3}, padding: [8, right, 0, 0],
       cursor: {points: {show: false}, drag: {x: true, y: false},
                bind: {dblclick: () => () => { this.setRange(null); return null; }}},
       scales: {x: {time: false, range: (u, min, max) => this.clamp(min, max)},
