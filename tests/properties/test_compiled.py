@@ -1,7 +1,7 @@
 """The compiled step, executed on a CPU, equals the eager one; made wrong, it is found out.
 
 fp32 within 1e-5 of eager, relative to a tensor's norm: other orders of sums. bf16 no farther from fp32 than 1.5 times
-what eager bf16 is: as many roundings, elsewhere.
+what eager bf16 is, in the mean over losses and gradients: as many roundings, elsewhere.
 """
 import shutil
 import subprocess
@@ -17,9 +17,11 @@ DOCUMENTS = "(0, 40, 80, 128)"
 
 
 def assert_equal(found: dict) -> None:
-    (error, where), (eager, _) = found["compiled"], found["eager"]
     assert found["launches"] >= found["kernels"] > 10
-    assert error < (1.5 * eager if eager else 1e-5), where
+    if found["mean_eager"]:
+        assert found["mean"] < 1.5 * found["mean_eager"], found["worst"]
+    else:
+        assert found["worst"][0][0] < 1e-5, found["worst"]
 
 
 def test_whole_graph_in_fp32():
@@ -75,6 +77,6 @@ def test_a_wrong_declaration_stops_the_step(wrong, message):
 def test_wrong_masks_are_found():
     """Full blocks of one list are shifted, which 4 blocks or more can show; keys of a first tile are all masked."""
     wrong = "compiled_errors(make_config(512, layers=LAYERS[:1], backout_from=0), {}, windows(9), {})"
-    assert run(wrong.format("(0,)", "mutate=shifted_query_lists"))["compiled"][0] > 0.1
-    error, _ = run(wrong.format("(0, 80)", "ROWS_GUARANTEED_SAFE=True"))["compiled"]
+    assert run(wrong.format("(0,)", "mutate=shifted_query_lists"))["worst"][0][0] > 0.1
+    (error, _), *_ = run(wrong.format("(0, 80)", "ROWS_GUARANTEED_SAFE=True"))["worst"]
     assert error != error
