@@ -226,7 +226,7 @@ def test_training_data_wraps_around(tmp_path):
     ids = torch.arange(2 * 1024 + 1) % 257, (1100 + torch.arange(1024 + 300)) % 257
     config = with_shards(tmp_path, tiny(), ids[0])
     write_shard(tmp_path / "text_train_000002.bin", ids[1])
-    loader = tgm.TrainLoader(t1b.find_shards(config)[0], config, ALONE)
+    loader = tgm.TrainLoader(tgm.find_shards(config)[0], config, ALONE)
     for shard, start in ((0, 0), (0, 1024), (1, 0)) * 2 + ((0, 0), (0, 1024)):
         inputs, targets = next(loader)
         assert inputs.shape == (8, 128)
@@ -238,49 +238,23 @@ def test_training_data_wraps_around(tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 # A run
 
-@pytest.fixture
-def cpu_alone(monkeypatch, tmp_path):
+def test_tiny_learns_on_text_and_its_log_is_read_by_the_tools(monkeypatch, tmp_path):
     enter(tmp_path, monkeypatch)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)  # a run leaves one
-
-
-def test_tiny_learns_on_text_and_its_log_is_read_by_the_tools(cpu_alone, tmp_path, capsys):
     text = np.frombuffer("".join(topics.topics.values()).encode(), np.uint8)
     config = with_shards(tmp_path / "text", tiny(context_len=64, head_dim=32, val_tokens=4096, num_iterations=24,
                                                  cooldown_steps=8, val_every=12), text[4097:60_000], text[:4097])
     val_loss = t1b.main(config)
     (path,) = (tmp_path / "logs").iterdir()
-    console = capsys.readouterr().out
-    assert f"log logs/{path.name}\n" in console and "step:24/24 val_loss:" in console
     run = run_log.read_log(path)
-    assert [v.step for v in run.validations] == [0, 12, 24] and run.finished and run.clock_start == 10
+    assert [v.step for v in run.validations] == [0, 12, 24] and run.finished
     assert [step for step, _ in run.step_ms] == list(range(1, 25))
-    assert all(ms == 0 for step, ms in run.step_ms if step <= 10) and 0 < run.step_ms[10][1] < run.step_ms[-1][1]
     assert all(path.read_text().strip() in run.source for path in (FOLDER / "train_gpt_1b.py", TRAINER))
     assert run.constants["groups"] == repr(config.groups) and run.peak_memory_mib > 0
     assert run.tokens.tolist() == [1024 * step for step in range(25)]
-    assert 14 * run.validations[-1].step_avg_ms == pytest.approx(run.validations[-1].train_ms, abs=1)  # of timed steps
-    assert run.environment.torch == torch.__version__
     assert run.final_loss == pytest.approx(val_loss, abs=1e-6)
     assert run.validations[0].extras["smear_lambda"] == 0 != run.validations[-1].extras["smear_lambda"]
     # Uniform guesses over the 256 bytes cost ln 256; letters alone bring English text below 3.2.
     assert run.validations[0].loss > math.log(256) > 4 > run.final_loss
-
-
-@pytest.mark.parametrize("break_it, sentence", [
-    (lambda folder: (folder / "text_val_000000.bin").unlink(), "1 training and 0 validation shards"),
-    (lambda folder: write_shard(folder / "text_train_000001.bin", range(9)), "is too short"),
-    (lambda folder: write_shard(folder / "text_val_000000.bin", range(9)), "ends after 9 tokens"),
-    (lambda folder: write_shard(folder / "text_val_000000.bin", range(9), vocab_size=0), "a vocabulary of 50257"),
-])
-def test_shards_that_cannot_be_used_are_refused(tmp_path, break_it, sentence):
-    config = with_shards(tmp_path, tiny(), random_ids(1025))
-    t1b.find_shards(config)
-    break_it(tmp_path)
-    with pytest.raises(tgm.UserError, match=sentence):
-        t1b.find_shards(config)
 
 
 def test_sequences_that_do_not_fill_a_forward_pass_are_refused():
