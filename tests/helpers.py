@@ -6,16 +6,15 @@ import socket
 import struct
 import sys
 import traceback
-import weakref
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import memory
 import train_gpt_medium as tgm
 from plain_twin import twin_of
 
@@ -259,39 +258,28 @@ def give_gradients(model: tgm.GPT, world: tgm.World, step: int) -> None:
         p.grad = torch.randn(p.shape, generator=generator).bfloat16().to(p.dtype)
 
 
-class Watch(TorchDispatchMode):
-    """The collectives that reach the process group, in order, and the memory that tensors made meanwhile take.
-
-    Copies to the host, `x.to("cpu", copy=True)`, do not count: they would not take a GPU's.
+class Watch(memory.Watch):
+    """Also the collectives that reach the process group, in order. What exists already does not count, nor do copies to
+    the host, `x.to("cpu", copy=True)`: they would not take a GPU's memory. All these are held, so that no address is
+    used twice.
     """
     def __init__(self, existing: list[torch.Tensor]):
-        super().__init__()
-        self.collectives, self.known, self.live, self.peak = [], set(), 0, 0
-        for x in existing:
-            self._add(x.untyped_storage(), 0)
+        super().__init__([])
+        self.collectives, self.held = [], []
+        self._hold(existing)
+
+    def _hold(self, uncounted: list[torch.Tensor]) -> None:
+        self.held += uncounted
+        self.known |= {x.untyped_storage()._cdata for x in uncounted}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
         if function.namespace == "c10d":
             tensors = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
             self.collectives.append((function.overloadpacket.__name__, str(tensors[0].dtype), tensors[0].nbytes))
-        to_host = function is torch.ops.aten._to_copy.default and (kwargs or {}).get("device") == CPU
-        for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor):
-                self._add(x.untyped_storage(), 0 if to_host else x.untyped_storage().nbytes())
-        return result
-
-    def _add(self, storage: torch.UntypedStorage, size: int) -> None:
-        key = storage._cdata
-        if key not in self.known:
-            self.known.add(key)
-            self.live += size
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._drop, key, size)
-
-    def _drop(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.live -= size
+        if function is torch.ops.aten._to_copy.default and (kwargs or {}).get("device") == CPU:
+            self._hold([function(*args, **kwargs)])
+            return self.held[-1]
+        return super().__torch_dispatch__(function, types, args, kwargs)
 
 
 def num_bytes(tree) -> int:
