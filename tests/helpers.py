@@ -223,19 +223,19 @@ def run_main(world: tgm.World, config: tgm.Config, stop_after: int = 0, resume_f
 
 
 def train_and_report(world: tgm.World, config: tgm.Config) -> dict:
-    """A few steps from fixed weights: parameters, validation loss, and the ids that this rank saw in each."""
+    """A few steps from fixed weights: parameters, validation loss, and what this rank saw and lost in each."""
     torch.manual_seed(5)
     model = config.make_model()
     randomise(model)
     optimizer = tgm.Optimizer(model, config, world)
     train_shards, val_shard = tgm.find_shards(config)
-    loader, seen = tgm.TrainLoader(train_shards, config, world), []
+    loader, seen, losses = tgm.TrainLoader(train_shards, config, world), [], []
     for step in range(NUM_STEPS):
         inputs, targets = next(loader)
         seen.append(inputs)
-        tgm.train_step(model, optimizer, inputs, targets, step)
+        losses.append(tgm.train_step(model, optimizer, inputs, targets, step).item())
     loader.close()
-    return dict(params={name: p.detach().clone() for name, p in model.named_parameters()}, seen=seen,
+    return dict(params={name: p.detach().clone() for name, p in model.named_parameters()}, seen=seen, losses=losses,
                 val_loss=tgm.evaluate(model, val_shard, NUM_STEPS, world))
 
 
@@ -243,6 +243,8 @@ def assert_one_run(ranks: list[dict], alone: dict) -> None:
     """Reports of `train_and_report`: the ranks together are the one that was alone, and never drift apart."""
     for step, (parts, batch) in enumerate(zip(zip(*(rank["seen"] for rank in ranks)), alone["seen"], strict=True)):
         assert torch.equal(torch.cat(parts), batch), f"step {step}: not the whole batch"
+        loss = sum(rank["losses"][step] for rank in ranks) / len(ranks)
+        assert loss == pytest.approx(alone["losses"][step], rel=1e-5)
     for number, rank in enumerate(ranks):
         apart = [name for name, p in rank["params"].items() if not torch.equal(p, ranks[0]["params"][name])]
         errors = {name: relative(p, alone["params"][name]) for name, p in rank["params"].items()}

@@ -66,13 +66,6 @@ def test_ranks_share_a_growing_batch_and_may_begin_with_any(tmp_path, monkeypatc
         assert reads == [shards[i] for i in used[first + 1:]]
 
 
-def test_tails_are_dropped_and_shards_follow_each_other(tmp_path):
-    sizes = [2 * 1024 + 1, 1024 + 1000, 3 * 1024, 1025]  # 2, 1 and, for want of a last target, 2 batches; and 1
-    config = write_numbered(tmp_path, numbered_config(num_iterations=6), sizes)
-    first = [int(inputs[0, 0]) for inputs, _ in load(config)]
-    assert first == [0, 1024, sizes[0], sizes[0] + sizes[1], sizes[0] + sizes[1] + 1024, sum(sizes[:3])]
-
-
 def test_only_the_shards_that_the_schedule_needs_are_opened(tmp_path):
     config = write_numbered(tmp_path, numbered_config(num_iterations=2), [1025, 1025, 1025])
     (tmp_path / "fineweb_train_000003.bin").write_bytes(b"not needed, not read")

@@ -114,20 +114,13 @@ def text_split(text_folder):
     return documents
 
 
-def test_text_sizes(text_split):
+def test_text_is_the_documents_split_where_validation_has_a_tenth(text_split):
     val, train = (sum(1 + len(document) for document in text_split[key]) for key in ("val", "train"))
     assert val >= 65_537 and train >= 1_000_000
     longest = max(len(document) for document in text_split["val"])
     assert (val + train) // 10 <= val <= (val + train) // 10 + 1 + longest
-
-
-def test_text_decodes_to_the_documents(text_split):
-    decoded = [document.decode("utf-8") for document in text_split["val"] + text_split["train"]]
-    assert decoded == generate.text_documents()
-
-
-def test_val_and_train_are_disjoint(text_split):
     documents = text_split["val"] + text_split["train"]
+    assert [document.decode("utf-8") for document in documents] == generate.text_documents()
     assert len(set(documents)) == len(documents)
     # Nor does a whole long paragraph of one document make up another document.
     assert not set(text_split["val"]) & {part for document in text_split["train"] for part in document.split(b"\n\n")}
