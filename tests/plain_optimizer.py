@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from train_gpt_medium import GPT, Config, lr_factor, muon_momentum
+from train_gpt_medium import GPT, Config, lr_factor, muon_momentum, read_weights, write_weights
 
 # One row per Newton-Schulz step: a, b, c of X <- aX + (bA + cA^2)X [@YouJiacheng, modded-nanogpt].
 NEWTON_SCHULZ_COEFFICIENTS = (
@@ -30,17 +30,6 @@ def newton_schulz(g: Tensor) -> Tensor:
     return x.mT if g.size(-2) > g.size(-1) else x
 
 
-def join_mantissa(upper: Tensor, mantissa: Tensor) -> Tensor:
-    """fp32 numbers from their upper 16 bits (bf16) and lower 16 bits (int16). int32 arithmetic runs on a CPU too."""
-    return ((upper.view(torch.int16).int() << 16) | (mantissa.int() & 0xFFFF)).view(torch.float32)
-
-
-def split_mantissa(w: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 -> (upper 16 bits as bf16: truncated, not rounded; lower 16 bits as int16)."""
-    bits = w.view(torch.int32)
-    return (bits >> 16).short().view(torch.bfloat16), bits.short()
-
-
 def muon_update(p: Tensor, grad: Tensor, momentum_buffer: Tensor, smooth: Tensor, mantissa: Tensor, momentum: Tensor,
                 lr: Tensor, decay: Tensor, smoothing: float) -> None:
     """One Muon step, in place, on a matrix or batch of matrices [..., rows, cols] [@snimu, modded-nanogpt].
@@ -53,14 +42,9 @@ def muon_update(p: Tensor, grad: Tensor, momentum_buffer: Tensor, smooth: Tensor
     u = newton_schulz((momentum * momentum_buffer + fresh).to(p.dtype))
     c = torch.tensor(smoothing, dtype=smooth.dtype)
     smooth.copy_(c * smooth + (1 - c) * u)
-    w = p if p.dtype == torch.float32 else join_mantissa(p, mantissa)
+    w = read_weights(p, mantissa)
     w = w * (1 - lr * decay) - lr * max(1, p.size(-2) / p.size(-1)) ** 0.5 * smooth.float()
-    if p.dtype == torch.float32:
-        p.copy_(w)
-    else:
-        upper, lower = split_mantissa(w)
-        p.copy_(upper)
-        mantissa.copy_(lower)
+    write_weights(p, mantissa, w)
 
 
 class Optimizer:
