@@ -4,7 +4,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -330,30 +329,9 @@ def test_a_checkpoint_that_is_not_there(place):
 
 # ---- disks and folders
 
-@pytest.fixture
-def mount():
-    """A function that mounts a memory disk of some bytes in a folder that it makes, or makes it larger."""
-    mounted = []
-
-    def mount(folder: Path, size: int) -> None:
-        again = folder in mounted
-        folder.mkdir(exist_ok=True)
-        try:
-            subprocess.run(["mount", "-t", "tmpfs", "-o", f"{'remount,' * again}size={size}", "tmpfs", folder],
-                           check=True, capture_output=True)
-        except (OSError, subprocess.CalledProcessError):
-            pytest.skip("needs the right to mount")
-        if not again:
-            mounted.append(folder)
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", folder], check=True)
-
-
 def test_a_disk_too_small_for_the_second_checkpoint(place, straight, mount, capsys):
     size = (straight[0] / saved(straight[0])[-1] / "rank_0.pt").stat().st_size
-    mount(place / "checkpoints", size * 3 // 2)
+    mount(place / "checkpoints", f"size={size * 3 // 2}")
     code, console = run(place)
     (before,) = saved(place)
     path = f"{Path(before).parent}/step_000004/rank_0.pt"
@@ -362,17 +340,17 @@ def test_a_disk_too_small_for_the_second_checkpoint(place, straight, mount, caps
                         rf"RESUME_FROM={before} resumes from the last checkpoint\.", sentence(console))
     assert not list(place.rglob("*.unfinished"))
     assert_unfinished(place, capsys)
-    mount(place / "checkpoints", size * 8)
+    mount(place / "checkpoints", f"size={size * 8}")
     assert_resumes(place, before, 2, straight)
 
 
 def test_a_disk_too_small_for_the_log(place, mount, capsys):
     """Full from the start, then in the middle."""
-    mount(place / "logs", 2 ** 14)
+    mount(place / "logs", "size=16k")
     code, console = run(place)
     full = r"cannot be written \(.*No space left on device; 0 MiB free\): make room\."
     assert code == 1 and re.fullmatch(rf"error: logs/\S+\.txt {full}\n", console), console
-    mount(place / "logs", 2 ** 18)
+    mount(place / "logs", "size=256k")
     code, console = run(place, "fill 0 3")
     (path,) = (path for path in place.glob("logs/*.txt") if path.stat().st_size > 2 ** 14)
     assert code == 1 and re.fullmatch(rf"logs/{path.name} {full} RESUME_FROM={saved(place)[-1]} resumes from the last "

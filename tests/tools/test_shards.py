@@ -265,34 +265,14 @@ def test_sizes_that_cannot_be(tmp_path, option, value, word):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.fixture
-def disk(tmp_path):
-    """A function that mounts a memory disk of 512 KB, with more options, and returns its folder."""
-    mounted = []
-
-    def mount(options):
-        folder = tmp_path / "disk"
-        folder.mkdir()
-        try:
-            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size=512k,{options}", "tmpfs", folder], check=True)
-        except (OSError, subprocess.CalledProcessError):
-            pytest.skip("needs the right to mount")
-        mounted.append(folder)
-        return folder
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", folder], check=True)
-
-
-def test_a_full_disk(disk):
-    folder = disk("rw")
+def test_a_full_disk(tmp_path, mount):
+    folder = mount(tmp_path / "disk", "size=512k")
     result = run("synthetic", folder, "--val-tokens", 1000, "--tokens", 1_000_000)
     assert_one_sentence(result, folder, "No space left", "free some space")
     assert os.listdir(folder) == ["synthetic_val_000000.bin"]  # what was whole before stays
 
 
-def test_a_folder_that_cannot_be_written(disk):
-    folder = disk("ro")
+def test_a_folder_that_cannot_be_written(tmp_path, mount):
+    folder = mount(tmp_path / "disk", "size=512k,ro")
     assert_one_sentence(run("synthetic", folder), folder, "Read-only", "name a folder that you can write to")
     assert_one_sentence(run("synthetic", folder / "new"), folder / "new", "name a folder that you can write to")
