@@ -33,7 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
-from itertools import chain, count, islice
+from itertools import chain, count, cycle, islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -63,10 +63,7 @@ except ImportError:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """The constants that the machine reads, of this recipe or another; the defaults are the record.
-
-    Lengths are in tokens. The tables STAGES and GROUPS follow further down.
-    """
+    """The constants that the machine reads, of any recipe; the defaults are the record's. Lengths are in tokens."""
     preset: str = "medium"
     num_iterations: int = 5535
     stages: "tuple[Stage, ...]" = field(default_factory=lambda: STAGES)
@@ -76,6 +73,7 @@ class Run:
     # data
     data_dir: str = "data/fineweb10B"
     shard_prefix: str = "fineweb"  # of the files' names, where data_dir is still empty
+    repeat_shards: bool = False  # where they are too few for the schedule, begin again with the first; else refuse
     vocab_size: int = 50257
     doc_token: int = 50256  # begins every document
     seq_len: int = 64 * 1024  # one slice; a stage says how many make a batch
@@ -297,10 +295,7 @@ def smear(x: Tensor, smear_lambda: Tensor) -> Tensor:
 
 
 class Rotary(nn.Module):
-    """Rotary positions on a share of a head's channels; the others never rotate.
-
-    Truncated base-frequency tuning: [@YouJiacheng, modded-nanogpt].
-    """
+    """Rotary positions on a share of a head's channels: truncated base frequencies [@YouJiacheng, modded-nanogpt]."""
     def __init__(self, config: Config):
         super().__init__()
         num_pairs, max_len = config.head_dim // 2, max(config.piece_len, config.val_piece_len)
@@ -442,10 +437,7 @@ NEWTON_SCHULZ = (
 
 @dataclass(frozen=True)
 class Muon:
-    """Orthogonalised momentum [Muon, @kellerjordan, 2024], then an average over steps.
-
-    The average and the 16 extra mantissa bits of a bf16 weight are from the medium track [@snimu, modded-nanogpt].
-    """
+    """Orthogonalised momentum [@kellerjordan, 2024], its average over steps and mantissas [@snimu, modded-nanogpt]."""
     lr: float  # before schedules
     decay: float
     smoothing: float = 0.2
@@ -464,8 +456,7 @@ class Muon:
                momentum: Tensor) -> None:
         """In place, on batches of matrices [n, rows, cols] that are of one shape but for transposition.
 
-        All go through Newton-Schulz as one batch: a single 1024 x 4096 matrix has 36 symmetric tiles for the GPU's 132
-        multiprocessors.
+        One batch for Newton-Schulz: a 1024 x 4096 matrix alone has 36 symmetric tiles for 132 multiprocessors.
         """
         directions = []
         for p, grad, state in zip(params, grads, states):
@@ -509,10 +500,10 @@ class AdamW:
 
 @dataclass(frozen=True)
 class Snoo:
-    """The outer optimizer: every K steps, Nesterov SGD on the weights of the last outer step.
+    """The outer optimizer: Nesterov SGD on the weights of the last outer step [@dominikkallusky, arXiv 2510.15830].
 
     The gradient is the outer weights minus the current ones. Outer weights and momentum have the parameters' dtypes;
-    mantissas stay as they are, as published. Source: [@dominikkallusky, Snoo, arXiv 2510.15830].
+    mantissas stay as they are, as published.
     """
     every: int = 28  # inner steps
     lr: float = 0.68
@@ -601,16 +592,11 @@ class UserError(Exception):
 # elsewhere. The autograd Function around it says what is kept for the backward pass.
 
 HOPPER_SHARED_BYTES = 227 * 1024  # of a multiprocessor for one program; an A100 has 163 KiB, graphics cards 99
-
-
 kernel = triton.jit if triton else lambda function: function
 
 
 def runs_kernels(x: Tensor, shared_bytes: int = 0) -> bool:
-    """Whether Triton kernels run on x. Not on fp32, which exact tests use: Triton would multiply it in tf32.
-
-    shared_bytes: shared memory that the kernel's tiles need, where not every GPU has enough.
-    """
+    """Whether kernels whose tiles take so much shared memory run on x. Not on fp32: Triton would multiply in tf32."""
     if triton is None or not x.is_cuda or x.dtype == torch.float32:
         return False
     return shared_bytes <= torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
@@ -739,10 +725,7 @@ def launch_mlp_gemm(a: Tensor, b: Tensor, post: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("smear_mtp::mlp_up", mutates_args=())
 def mlp_up(x: Tensor, fc: Tensor) -> Tensor:
-    """relu(x fcT)^2: x [T, C], fc [hidden, C] -> [T, hidden]. The product before the relu is never written to memory.
-
-    Fusing relu^2 into the product is from [@andrewbriand, modded-nanogpt].
-    """
+    """relu(x fcT)^2: x [T, C], fc [hidden, C] -> [T, hidden], in one kernel [@andrewbriand, modded-nanogpt]."""
     if runs_kernels(x, HOPPER_SHARED_BYTES):
         return launch_mlp_gemm(x, fc, None)
     return F.relu(F.linear(x, fc)).square()
@@ -753,10 +736,8 @@ mlp_up.register_fake(lambda x, fc: x.new_empty(len(x), len(fc)))
 
 @torch.library.custom_op("smear_mtp::mlp_down_grad", mutates_args=())
 def mlp_down_grad(dy: Tensor, proj: Tensor, post: Tensor) -> Tensor:
-    """Gradient before relu^2: 2 sqrt(post) (dy proj). dy [T, C], proj [C, hidden], post [T, hidden] -> [T, hidden].
-
-    The square's derivative is 2 relu(h), and relu(h) = sqrt(post) has half of post's rounding error.
-    """
+    """Gradient before relu^2: 2 sqrt(post) (dy proj). dy [T, C], proj [C, hidden], post [T, hidden] -> [T, hidden]."""
+    # The square's derivative is 2 relu(h), and relu(h) = sqrt(post) has half of post's rounding error.
     if runs_kernels(dy, HOPPER_SHARED_BYTES):
         return launch_mlp_gemm(dy, proj, post)
     return ((dy @ proj).float() * 2 * post.float().sqrt()).to(dy.dtype)
@@ -840,8 +821,7 @@ def symmetric_product_kernel(x_desc, x_tiles, out_tiles, num_rows, K, scale, x_s
 def symmetric_product(x: Tensor, scale: float, x_scale: float) -> Tensor:
     """[n, rows, K] -> [n, rows, rows]: scale x xT; with x_scale, for a symmetric x, scale x x + x_scale x.
 
-    The kernel computes the tiles on and below the diagonal and mirrors them: 36 of 64 for 1024 rows.
-    From [@byronxu99, modded-nanogpt].
+    Tiles on and below the diagonal, 36 of 64 for 1024 rows, are computed and mirrored [@byronxu99, modded-nanogpt].
     """
     n, num_rows, K = x.shape
     BLOCK, BLOCK_K = 128, 64
@@ -883,9 +863,8 @@ BLOCK_SIZE = 128  # tokens; FlexAttention's own block
 def block_lists(num_visible_B: Tensor, num_full_B: Tensor, direction: int, w: Tensor) -> tuple[Tensor, ...]:
     """BlockMask's num_blocks [B], indices [B, B], full_num_blocks and full_indices for a window w.
 
-    The blocks that a block sees lie side by side: first the block itself, partial; then the full ones; then the other
-    partial ones. direction: -1 for the keys of a query block, 1 for the queries of a key block. Indices past the number
-    of blocks are not read.
+    The blocks that a block sees lie side by side: itself, partial; then the full ones; then the other partial ones.
+    direction: -1 for the keys of a query block, 1 for the queries of a key block. Indices past num_blocks are not read.
     """
     block = torch.arange(len(num_visible_B), device=w.device, dtype=torch.int32)
     num_partial_B = torch.minimum(num_visible_B - num_full_B, (w - num_full_B).clamp_min(1))
@@ -902,7 +881,7 @@ def block_masks(ids_T: Tensor, windows: tuple[Tensor, ...], doc_token: int) -> t
     ids_T: integer ids, T a multiple of 128. windows: in blocks, zero-dim int32 tensors, so that a growing window does
     not recompile. A query block keeps its nearest w - 1 full and max(w - full, 1) partial blocks. Full: both blocks lie
     in one document, every pair attends. Partial: q >= k and the same document are tested token by token.
-    Source of the scheme: [@KoszarskyB and @YouJiacheng, modded-nanogpt].
+    The scheme is from [@KoszarskyB and @YouJiacheng, modded-nanogpt].
     """
     T = len(ids_T)
     token = torch.arange(T, device=ids_T.device, dtype=torch.int32)
@@ -939,8 +918,7 @@ def attention_masks(ids_T: Tensor, windows: tuple[Tensor, ...], doc_token: int) 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, scale: float, kernel_options: dict) -> Tensor:
     """Softmax attention, [1, T, H, D] -> [1, T, H, D]. k and v may have fewer heads: each then serves several of q's.
 
-    A BlockMask goes to FlexAttention with its kernel_options, which must be compiled: eager FlexAttention ignores block
-    lists. A dense [T, T] mask goes to torch's own attention: FlexAttention has no backward on a CPU.
+    A BlockMask goes to FlexAttention, which must be compiled (eager, it ignores block lists), a dense one to torch's.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.size(1) != k.size(1)
@@ -955,10 +933,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, scale: flo
 # Updates: arithmetic of the rules, then banks and shards
 
 def newton_schulz(x: Tensor, coefficients: Iterable[tuple[float, float, float]]) -> Tensor:
-    """Orthogonalise matrices [n, rows, cols], rows <= cols, approximately, in the dtype of `x` throughout.
-
-    coefficients: a, b, c of each step X <- aX + (bA + cA^2)X. Singular values end up near 1, not at it.
-    """
+    """Orthogonalise [n, rows <= cols] nearly, in x's dtype. coefficients a, b, c of X <- aX + (bA + cA^2)X, A = XXT."""
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for a, b, c in coefficients:
         A = symmetric_product(x, 1.0, 0.0)
@@ -985,11 +960,8 @@ def write_weights(p: Tensor, mantissa: Tensor, w: Tensor) -> None:
 
 
 def average_ranks(parts: Tensor) -> Tensor:
-    """Mean over ranks [world_size, n] -> [n], summed in fp32 and rounded once to the gradients' dtype.
-
-    The sum is pairwise, so that equal gradients of 2, 4, 8, ... ranks average to themselves.
-    """
-    sums = parts.float()
+    """Mean over ranks [world_size, n] -> [n], summed in fp32 and rounded once to the gradients' dtype."""
+    sums = parts.float()  # by pairs, so that equal gradients of 2, 4, 8, ... ranks average to themselves
     while len(sums) > 1:
         pairs = sums[0:-1:2] + sums[1::2]
         sums = pairs if len(sums) % 2 == 0 else torch.cat((pairs, sums[-1:]))
@@ -999,11 +971,10 @@ def average_ranks(parts: Tensor) -> Tensor:
 class Bank:
     """Parameters of one rule and one unit, end to end in one buffer that divides evenly among the ranks.
 
-    unit: the shape that one rank updates as a whole. Of a rule on matrices it is a matrix. Elementwise rules have 128
-    numbers: were a share's length no multiple of a CPU's vectors, its last numbers would be rounded in another way.
-    The parameters become views of the buffer, which zeros pad to a multiple of world.size units. `shard` [n, *unit] is
-    this rank's share, whose states it alone holds; grads, its averaged gradients; grad_square, their sum of squares in
-    fp32, which is not finite where one of them is not.
+    unit: what one rank updates as a whole: a matrix, or 128 numbers of an elementwise rule, without which a CPU's
+    vectors would round the last ones of a share in another way. The parameters become views of the buffer, which zeros
+    pad to a multiple of world.size units. `shard` [n, *unit] is this rank's share, whose states it alone holds; grads,
+    its averaged gradients; grad_square, their sum of squares in fp32: not finite where one of them is not.
     """
     def __init__(self, params: list[nn.Parameter], unit: tuple[int, ...], world: World, average: Callable):
         self.params, self.world, self.average = params, world, average
@@ -1058,18 +1029,16 @@ class Bank:
 class Optimizer:
     """All updates: gradients averaged over the ranks, each group's rule, then Snoo. Each rank updates its own shards.
 
-    A step has three phases on every rank; on one rank nothing is sent.
+    The last part of a parameter's name is its role, which selects its group. A group has a bank a unit and dtype. A
+    step has three phases on every rank; on one rank nothing is sent.
     1. All banks' gradients are sent to the ranks that own them, at once, in the order of the groups.
     2. As they arrive, in the same order, a group's shards are updated and sent to all: updates overlap with the
        gradients still arriving and the parameters being sent. With clip_norm, all gradients are awaited before the
        first update, and one more collective of 4 bytes adds up their squares.
     3. The parameters that arrive last are waited for.
-
     One collective for each bank and direction: `python records/tools/bench/plan.py` prints order, bytes and padding.
     Gradients are exchanged all-to-all and averaged by their owner: the traffic of a reduce-scatter, but rounded once,
-    and identical whatever algorithm the library picks. Snoo's step of a group follows the group's update.
-
-    The last part of a parameter's name is its role, which selects its group. A group has a bank a unit and dtype.
+    and identical whatever algorithm the library picks.
     """
     def __init__(self, model: nn.Module, config: Run, world: World, compiled: Callable = lambda function: function):
         """compiled: torch.compile on a GPU, the identity on a CPU."""
@@ -1204,7 +1173,7 @@ def batch_places(shards: Iterable[Shard], config: Run) -> Iterator[tuple[Shard, 
     A batch needs one token more, its last target. A shard's tail that is too short for the next batch is dropped.
     Raises UserError where the shards end before the schedule does, or one is shorter than a batch.
     """
-    remaining, shard, start = iter(shards), None, 0
+    remaining, shard, start = cycle(shards) if config.repeat_shards else iter(shards), None, 0
     for step in range(config.num_iterations):
         tokens = config.batch_tokens(step)
         if shard is None or start + tokens >= shard.num_tokens:
@@ -1233,6 +1202,8 @@ def find_shards(config: Run) -> tuple[list[Shard], Shard]:
         while (path := folder / f"{prefix}_train_{len(train_shards) + 1:06d}.bin").exists():
             train_shards.append(open_shard(path, config))
             yield train_shards[-1]
+        if config.repeat_shards and train_shards:
+            return
         needed = shards_needed(config, train_shards)
         raise UserError(f"{path} is missing: {config.num_iterations:,} steps need {needed} training shards, up to "
                         f"{prefix}_train_{needed:06d}.bin (data/README.md says how to get or make them).")
@@ -1260,8 +1231,7 @@ def split_pieces(tokens: Tensor, piece_len: int) -> tuple[Tensor, Tensor]:
 class TrainLoader:
     """This rank's pieces of the batch of every step: (inputs [n, piece_len] int32, targets [n, piece_len] int64).
 
-    Rank r takes the r-th run of consecutive pieces. A thread reads some batches ahead; what goes wrong there is raised
-    when the batch's turn comes. first_step: the one to begin with.
+    Rank r takes the r-th run of consecutive pieces. A thread reads ahead; its errors are raised when a batch is due.
     """
     def __init__(self, shards: list[Shard], config: Run, world: World, first_step: int = 0):
         self.config, self.world = config, world
@@ -1290,10 +1260,7 @@ class TrainLoader:
 # The run: clock, log, steps, validation
 
 class Clock:
-    """Training time. Stopped: compilation, warm-up, validation and checkpoints.
-
-    Both switches wait for the GPU and for all ranks, if they change anything.
-    """
+    """Training time alone. Both switches wait for the GPU and for all ranks, if they change anything."""
     def __init__(self, world: World, seconds: float = 0.0):
         self.world, self.seconds, self.started = world, seconds, None
 
@@ -1355,7 +1322,7 @@ class Watch:
     """Every step's loss and gradient norms: logged, and a reason to stop where not finite. No step waits for them.
 
     The device keeps them for some steps. Every so many steps an all-reduce sums them over the ranks; its copy to the
-    host is asynchronous and read at the next look, so that all ranks stop together. What is logged names its own step.
+    host is asynchronous and read at the next look, so that all ranks stop together. A line names its own step.
     """
     def __init__(self, banks: Iterable[str], config: Run, world: World, log: Callable[[str], None]):
         self.banks, self.config, self.world, self.log = list(banks), config, world, log
@@ -1412,9 +1379,8 @@ class Checkpoints:
     """checkpoints/<run id>/step_000125/rank_3.pt: with the other ranks' files, all that resumes a run bit for bit.
 
     Each rank writes its shards of the parameters and their optimizer states, its random states, the completed steps,
-    the clock and the seed. It also writes what made the checkpoint: a run of another script, other constants, data or
-    number of ranks refuses it. The newest two checkpoints are kept. Ranks agree through gloo on the host, without
-    waiting for a GPU. A run without checkpoints makes no object of this class.
+    the clock and the seed, and what made the checkpoint: a run of another script, other constants, data or number of
+    ranks refuses it. The newest two are kept. Ranks agree through gloo on the host, without waiting for a GPU.
     """
     def __init__(self, config: Run, source: str, shards: list[Shard], run_id: str, seed: int, world: World):
         self.config, self.seed, self.world, self.last = config, seed, world, None
@@ -1542,28 +1508,20 @@ class Checkpoints:
 
 
 def inputs_at(step: int, config: Run, device: torch.device) -> dict[str, Tensor]:
-    """The model's keyword arguments as tensors, so that a changing number does not recompile.
-
-    They are filled on the device, so that nothing waits for a copy.
-    """
+    """The model's keyword arguments as tensors filled on the device: no number recompiles, and no copy is awaited."""
     return {name: torch.full((), value, dtype=torch.int32 if isinstance(value, int) else torch.float32, device=device)
             for name, value in config.model_inputs(step).items()}
 
 
 def update_mean(mean: Tensor, grad: Tensor, n: int) -> None:
-    """The fp32 mean of n - 1 gradients becomes that of n. A running mean of equal gradients equals them exactly.
-
-    In chunks, so that a large gradient is never held in fp32 as a whole.
-    """
+    """The fp32 mean of n - 1 gradients becomes that of n. A running mean of equal gradients equals them exactly."""
+    # In chunks, so that a large gradient is never held in fp32 as a whole.
     for mean_chunk, grad_chunk in zip(mean.flatten().split(2 ** 24), grad.flatten().split(2 ** 24)):
         mean_chunk.lerp_(grad_chunk.float(), 1 / n)
 
 
 def train_step(model: nn.Module, optimizer: Optimizer, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
-    """One step on this rank's pieces [n, T]: gradients averaged over pieces (in fp32) and ranks, then applied.
-
-    Returns the mean training loss of these pieces, on the device.
-    """
+    """One step on this rank's pieces [n, T]: gradients are averaged over them (in fp32) and ranks. Their mean loss."""
     model_inputs = inputs_at(step, model.config, inputs.device)
     losses: list[Tensor] = []
     means = {p: torch.zeros_like(p, dtype=torch.float32) for p in optimizer.params if len(inputs) > 1}
@@ -1582,10 +1540,7 @@ def train_step(model: nn.Module, optimizer: Optimizer, inputs: Tensor, targets: 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, shard: Shard, step: int, world: World) -> float:
-    """Mean loss in nats over the first val_tokens targets after `step` completed steps, the same on all ranks.
-
-    The ranks take pieces in turn. Raises UserError if the loss is not finite.
-    """
+    """Mean loss in nats over the first val_tokens targets after `step` steps, on all ranks. UserError if not finite."""
     config = model.config
     inputs, targets = split_pieces(shard.read(0, config.val_tokens + 1, config.vocab_size), config.val_piece_len)
     model_inputs = inputs_at(step, config, world.device)
@@ -1603,8 +1558,7 @@ def evaluate(model: nn.Module, shard: Shard, step: int, world: World) -> float:
 def warm_up(model: nn.Module, optimizer: Optimizer, world: World) -> None:
     """Compile and run everything on random tokens, then put every parameter and every optimizer state back.
 
-    The tokens come from a generator of their own; steps are spread over the schedule, so that windows differ. The
-    parameters wait on the host: a second copy would take the GPU's memory.
+    Steps are spread over the schedule, so that windows differ. Parameters wait on the host: the GPU may lack room.
     """
     config, rng = model.config, np.random.default_rng(world.rank)
     before = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
@@ -1631,10 +1585,10 @@ def as_fields(values: dict[str, float], spec: str = "") -> str:
 
 def train(model: nn.Module, optimizer: Optimizer, loader: TrainLoader, val_shard: Shard, world: World, log: Log,
           checkpoints: Checkpoints | None = None, first_step: int = 0, seconds: float = 0.0) -> float:
-    """The loop: num_iterations steps, and a validation before the first, every val_every and after the last.
+    """The loop: steps, and a validation before the first, every val_every and after the last, whose loss it returns.
 
-    first_step, seconds: what a resumed run has behind it. Returns the final validation loss. Raises UserError, on all
-    ranks, where something is not finite or a signal ended the run.
+    first_step, seconds: what a resumed run has behind it. A number that is not finite, or a signal to stop, raises
+    UserError on all ranks.
     """
     config = model.config
     clock = Clock(world, seconds)
@@ -1735,8 +1689,7 @@ def draw_seed(config: Run, world: World) -> int:
 def compile_model(model: nn.Module, whole: bool, **options) -> None:
     """In place. whole: one graph, the fastest steps. Otherwise parts compile alone, and blocks of one kind share code.
 
-    Then gradients between parts are summed unfused, in bf16: 8 % more traffic, a quarter of the time to compile
-    (records/tools/bench/README.md).
+    Then gradients between parts are summed unfused, in bf16: 8 % more traffic, a quarter of the time to compile.
     """
     options = dict(dynamic=False, fullgraph=True) | options
     # torch's caches know an operation by its name and would return the graph of one that has been edited. So the key

@@ -1,5 +1,6 @@
 """Markers by folder and by what was asked for; the slowest files first."""
 import os
+import subprocess
 
 import pytest
 
@@ -29,6 +30,28 @@ def kernels(monkeypatch):
     assert torch.empty(3, device=DEVICE).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def mount():
+    """A function that mounts a memory disk, with mount's options, in a folder that it makes; or changes the options."""
+    mounted = []
+
+    def mount(folder, options: str):
+        again = folder in mounted
+        folder.mkdir(exist_ok=True)
+        try:
+            subprocess.run(["mount", "-t", "tmpfs", "-o", f"{'remount,' * again}{options}", "tmpfs", folder],
+                           check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("needs the right to mount")
+        if not again:
+            mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", folder], check=True)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by markers

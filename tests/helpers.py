@@ -6,16 +6,15 @@ import socket
 import struct
 import sys
 import traceback
-import weakref
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import memory
 import train_gpt_medium as tgm
 from plain_twin import twin_of
 
@@ -224,19 +223,19 @@ def run_main(world: tgm.World, config: tgm.Config, stop_after: int = 0, resume_f
 
 
 def train_and_report(world: tgm.World, config: tgm.Config) -> dict:
-    """A few steps from fixed weights: parameters, validation loss, and the ids that this rank saw in each."""
+    """A few steps from fixed weights: parameters, validation loss, and what this rank saw and lost in each."""
     torch.manual_seed(5)
     model = config.make_model()
     randomise(model)
     optimizer = tgm.Optimizer(model, config, world)
     train_shards, val_shard = tgm.find_shards(config)
-    loader, seen = tgm.TrainLoader(train_shards, config, world), []
+    loader, seen, losses = tgm.TrainLoader(train_shards, config, world), [], []
     for step in range(NUM_STEPS):
         inputs, targets = next(loader)
         seen.append(inputs)
-        tgm.train_step(model, optimizer, inputs, targets, step)
+        losses.append(tgm.train_step(model, optimizer, inputs, targets, step).item())
     loader.close()
-    return dict(params={name: p.detach().clone() for name, p in model.named_parameters()}, seen=seen,
+    return dict(params={name: p.detach().clone() for name, p in model.named_parameters()}, seen=seen, losses=losses,
                 val_loss=tgm.evaluate(model, val_shard, NUM_STEPS, world))
 
 
@@ -244,6 +243,8 @@ def assert_one_run(ranks: list[dict], alone: dict) -> None:
     """Reports of `train_and_report`: the ranks together are the one that was alone, and never drift apart."""
     for step, (parts, batch) in enumerate(zip(zip(*(rank["seen"] for rank in ranks)), alone["seen"], strict=True)):
         assert torch.equal(torch.cat(parts), batch), f"step {step}: not the whole batch"
+        loss = sum(rank["losses"][step] for rank in ranks) / len(ranks)
+        assert loss == pytest.approx(alone["losses"][step], rel=1e-5)
     for number, rank in enumerate(ranks):
         apart = [name for name, p in rank["params"].items() if not torch.equal(p, ranks[0]["params"][name])]
         errors = {name: relative(p, alone["params"][name]) for name, p in rank["params"].items()}
@@ -259,39 +260,28 @@ def give_gradients(model: tgm.GPT, world: tgm.World, step: int) -> None:
         p.grad = torch.randn(p.shape, generator=generator).bfloat16().to(p.dtype)
 
 
-class Watch(TorchDispatchMode):
-    """The collectives that reach the process group, in order, and the memory that tensors made meanwhile take.
-
-    Copies to the host, `x.to("cpu", copy=True)`, do not count: they would not take a GPU's.
+class Watch(memory.Watch):
+    """Also the collectives that reach the process group, in order. What exists already does not count, nor do copies to
+    the host, `x.to("cpu", copy=True)`: they would not take a GPU's memory. All these are held, so that no address is
+    used twice.
     """
     def __init__(self, existing: list[torch.Tensor]):
-        super().__init__()
-        self.collectives, self.known, self.live, self.peak = [], set(), 0, 0
-        for x in existing:
-            self._add(x.untyped_storage(), 0)
+        super().__init__([])
+        self.collectives, self.held = [], []
+        self._hold(existing)
+
+    def _hold(self, uncounted: list[torch.Tensor]) -> None:
+        self.held += uncounted
+        self.known |= {x.untyped_storage()._cdata for x in uncounted}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
         if function.namespace == "c10d":
             tensors = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
             self.collectives.append((function.overloadpacket.__name__, str(tensors[0].dtype), tensors[0].nbytes))
-        to_host = function is torch.ops.aten._to_copy.default and (kwargs or {}).get("device") == CPU
-        for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor):
-                self._add(x.untyped_storage(), 0 if to_host else x.untyped_storage().nbytes())
-        return result
-
-    def _add(self, storage: torch.UntypedStorage, size: int) -> None:
-        key = storage._cdata
-        if key not in self.known:
-            self.known.add(key)
-            self.live += size
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._drop, key, size)
-
-    def _drop(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.live -= size
+        if function is torch.ops.aten._to_copy.default and (kwargs or {}).get("device") == CPU:
+            self._hold([function(*args, **kwargs)])
+            return self.held[-1]
+        return super().__torch_dispatch__(function, types, args, kwargs)
 
 
 def num_bytes(tree) -> int:

@@ -1,19 +1,15 @@
 """The plain twin: model and loss as they were before any kernel was written by hand, frozen at commit 9706d82.
 
 The trainer's kernels are tested and benchmarked against this file; nothing in it is to be made faster. It was held to
-the record's known answers when it was the trainer. `copy_weights` gives it the trainer's parameters.
+the record's known answers when it was the trainer. What has no kernel is the trainer's own. `copy_weights` gives it the
+trainer's parameters.
 """
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 
-from train_gpt_medium import BLOCK_SIZE, Config, Layer
-
-
-def norm(x: Tensor) -> Tensor:
-    """RMS norm over the last dimension, without a weight."""
-    return F.rms_norm(x, (x.size(-1),))
+from train_gpt_medium import BLOCK_SIZE, Config, Layer, Rotary, attend, dense_mask, norm, smear
 
 
 def window_block_mask(ids_T: Tensor, window_blocks: Tensor, doc_token: int) -> BlockMask:
@@ -47,54 +43,6 @@ def window_block_mask(ids_T: Tensor, window_blocks: Tensor, doc_token: int) -> B
     )
 
 
-def dense_mask(block_mask: BlockMask) -> Tensor:
-    """The pairs that `block_mask` lets attend, [T, T] bool: the CPU's and the tests' view of the same block lists."""
-    num_blocks = block_mask.kv_indices.size(-1)
-    position = torch.arange(num_blocks * BLOCK_SIZE, device=block_mask.kv_indices.device)
-
-    def listed(num: Tensor, index: Tensor) -> Tensor:
-        kept_BB = position[:num_blocks] < num[0, 0, :, None]
-        chosen_BB = torch.zeros_like(kept_BB).scatter_(1, index[0, 0].long(), kept_BB)
-        return chosen_BB.repeat_interleave(BLOCK_SIZE, 0).repeat_interleave(BLOCK_SIZE, 1)
-
-    partial_TT = listed(block_mask.kv_num_blocks, block_mask.kv_indices)
-    full_TT = listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
-    return full_TT | (partial_TT & block_mask.mask_mod(0, 0, position[:, None], position))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, scale: float) -> Tensor:
-    """Softmax attention, [1, T, H, D] -> [1, T, H, D].
-
-    A BlockMask goes to FlexAttention, which must be compiled: eager FlexAttention ignores block lists. A dense [T, T]
-    mask goes to torch's own attention: FlexAttention has no backward on a CPU.
-    """
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if isinstance(mask, BlockMask):
-        y = flex_attention(q, k, v, block_mask=mask, scale=scale)
-    else:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    return y.transpose(1, 2)
-
-
-class Rotary(nn.Module):
-    """Rotary positions on half of the channels of a head; the other half never rotates.
-
-    Truncated base-frequency tuning: [@YouJiacheng, modded-nanogpt].
-    """
-    def __init__(self, head_dim: int, base: float, max_len: int):
-        super().__init__()
-        frequencies = (1 / base) ** torch.linspace(0, 1, head_dim // 4, dtype=torch.float32)
-        theta = torch.outer(torch.arange(max_len, dtype=torch.float32), F.pad(frequencies, (0, head_dim // 4)))
-        self.register_buffer("cos", theta.cos()[:, None], persistent=False)  # [max_len, 1, D / 2]
-        self.register_buffer("sin", theta.sin()[:, None], persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[1, T, H, D], rotated in fp32 by its positions 0 ... T - 1."""
-        cos, sin = self.cos[:x.size(1)], self.sin[:x.size(1)]
-        x1, x2 = x.float().chunk(2, dim=-1)
-        return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1).type_as(x)
-
-
 class Block(nn.Module):
     """One layer: attention without a norm in front (q, k and v are normed instead), then an MLP with relu squared."""
     def __init__(self, config: Config, layer: Layer):
@@ -117,16 +65,11 @@ class Block(nn.Module):
         v = lambdas[0] * v
         if value_embed is not None:
             v = v + lambdas[1] * value_embed.view_as(v)
-        y = attend(rotary(q), rotary(k), v, mask, self.attention_scale)
+        y = attend(rotary(q), rotary(k), v, mask, self.attention_scale, {})
         return F.linear(y.reshape(x.shape), self.qkvo[3])
 
     def mlp(self, x: Tensor) -> Tensor:
         return F.linear(F.relu(F.linear(norm(x), self.mlp_fc)).square(), self.mlp_proj)
-
-
-def smear(x: Tensor, smear_lambda: Tensor) -> Tensor:
-    """Smear-MTP: y[t] = x[t] + lambda x[t - 1], [T, C] -> [T, C]; y[0] = x[0]. Looks across document borders."""
-    return torch.cat((x[:1], x[1:] + smear_lambda * x[:-1]))
 
 
 class GPT(nn.Module):
@@ -143,7 +86,7 @@ class GPT(nn.Module):
         self.embed1, self.embed2 = table(), table()
         self.value_embeds = nn.ParameterList(table() for _ in range(num_value_embeds))
         self.blocks = nn.ModuleList(Block(config, layer) for layer in config.layers)
-        self.rotary = Rotary(config.head_dim, config.rotary_base, max(config.seq_len, config.val_seq_len))
+        self.rotary = Rotary(config)
         # Rows are padded to a multiple of 128 [@Grad62304977, modded-nanogpt]; all of them count in the loss.
         self.lm_head = nn.Parameter(torch.zeros(-(-config.vocab_size // 128) * 128, C, dtype=torch.float32))
         self.skip_weights = nn.Parameter(torch.ones(num_layers))

@@ -11,39 +11,31 @@ This file is the recipe. The machine that runs it is train_gpt_medium.py; the lo
 Shards are read from the preset's `data_dir`, or from the folder named by the environment variable DATA_PATH.
 Shapes: B sequences, T tokens of a sequence, C channels, H heads, D channels of a head, V rows of the tied matrix.
 """
-import math
-import os
 import sys
-import uuid
-from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_gpt_medium as tgm  # noqa: E402
-from train_gpt_medium import Group, Run, Stage, norm  # noqa: E402
+from train_gpt_medium import Group, Run, Stage, main, norm  # noqa: E402, F401 (main runs this recipe too)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Run):
-    """Every constant of a run; the defaults are the published run's. A slice is the micro-batch of a forward pass.
-
-    Not read: kernel_warmup_steps, coordinate_descent_tuning, shard_prefix, watch_every, clip_norm, and what Run says of
-    checkpoints.
-    """
+    """Every constant of a run; the defaults are the published run's. A slice is the micro-batch of a forward pass."""
     preset: str = "1b"
     num_iterations: int = 20_344
     stages: tuple[Stage, ...] = (Stage(num_slices=40),)
     groups: tuple[Group, ...] = field(default_factory=lambda: make_groups(muon_lr=0.00018, dtype=torch.bfloat16))
     snoo: None = None
-    untimed_steps: int = 10  # the first ones: compilation
+    repeat_shards: bool = True
+    kernel_warmup_steps: int = 1
+    coordinate_descent_tuning: bool = False
     seq_len: int = 12 * 1024
     val_seq_len: int = 12 * 1024
     val_tokens: int = 10_420_224  # 848 micro-batches
@@ -120,6 +112,8 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """The plain transformer. Initial values are drawn here."""
+    compiled_alone = ("forward",)  # which is all, in one graph
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
@@ -216,83 +210,7 @@ PRESETS = {  # made and checked when they are chosen
 }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The run
-
-def find_shards(config: Config) -> tuple[list[tgm.Shard], tgm.Shard]:
-    """The training shards in the order of their use, after the last one from the first again; the validation shard.
-
-    Raises UserError where one is missing, damaged, foreign or too short.
-    """
-    train_shards, val_shards = (
-        [tgm.open_shard(path, config) for path in sorted(Path(config.data_dir).glob(f"*_{kind}_*.bin"))]
-        for kind in ("train", "val"))
-    if not train_shards or len(val_shards) != 1:
-        raise tgm.UserError(f"{config.data_dir} holds {len(train_shards)} training and {len(val_shards)} validation "
-                            f"shards: it needs one or more, and one (data/README.md says how to get or make them).")
-    val_shards[0].read(0, config.val_tokens + 1, config.vocab_size)  # so that a short one is refused before the run
-    return [shard for shard, start in tgm.batch_places(cycle(train_shards), config) if start == 0], val_shards[0]
-
-
-def time_fields(clock: tgm.Clock, num_timed: int) -> str:
-    """Of a line of the log: the time of the timed steps and its mean, nan before there is one."""
-    return clock.fields(num_timed) if num_timed > 0 else f"train_time:0ms step_avg:{math.nan}ms"
-
-
-def train(model: GPT, optimizer: tgm.Optimizer, loader: tgm.TrainLoader, val_shard: tgm.Shard, world: tgm.World,
-          log: tgm.Log) -> float:
-    """The loop: num_iterations steps, and a validation before the first, every val_every and after the last.
-
-    The first steps are not timed. Returns the final validation loss.
-    """
-    config, clock = model.config, tgm.Clock(world)
-    for step in range(config.num_iterations + 1):  # the last pass only validates
-        finished, num_timed = step == config.num_iterations, step - config.untimed_steps
-        if finished or step % config.val_every == 0:
-            clock.stop()
-            val_loss = tgm.evaluate(model, val_shard, step, world)
-            log(f"step:{step}/{config.num_iterations} val_loss:{val_loss:.6f} {time_fields(clock, num_timed)} "
-                f"{tgm.as_fields(model.report(), '.6f')}", console=True)
-        if finished:
-            return val_loss
-        if num_timed >= 0:
-            clock.start()
-        tgm.train_step(model, optimizer, *next(loader), step)
-        log(f"step:{step + 1}/{config.num_iterations} {time_fields(clock, num_timed + 1)} "
-            f"tokens:{(step + 1) * config.batch_tokens(step)}")
-
-
-def main(config: Config) -> float:
-    """Train as `config` says and return the final validation loss. Raises UserError for what the user can put right."""
-    source, world = tgm.read_sources(config), tgm.find_world(config)
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    train_shards, val_shard = find_shards(config)
-    on_gpu = world.device.type == "cuda"
-    if not on_gpu:
-        torch.set_num_threads(1)  # of matrices as narrow as tiny's: more threads wait for each other
-    if world.size > 1:
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=world.device if on_gpu else None)
-    seed, log = tgm.draw_seed(config, world), tgm.Log(str(uuid.uuid4()), world)
-    log("\n".join((source, "=" * 100, tgm.describe_run(config, train_shards, seed, world), "=" * 100)))
-    if world.rank == 0:
-        print(f"preset {config.preset}, {world.size}x {tgm.device_name(world.device)}, log {log.path}", flush=True)
-    torch.manual_seed(seed)  # one seed, one model: no rank needs another's parameters
-    with world.device:
-        model = config.make_model()
-    compiled = partial(torch.compile, dynamic=False, fullgraph=True) if on_gpu else lambda function: function
-    if on_gpu:
-        tgm.compile_model(model, whole=True)
-    optimizer = tgm.Optimizer(model, config, world, compiled)
-    with closing(tgm.TrainLoader(train_shards, config, world)) as loader:
-        val_loss = train(model, optimizer, loader, val_shard, world, log)
-    log(f"peak memory: {tgm.peak_memory(world.device)}", console=True)
-    if world.size > 1:
-        dist.destroy_process_group()  # only here: after an error on one rank it would wait for the others
-    return val_loss
-
-
 if __name__ == "__main__":
-    try:
-        main(tgm.choose_config(PRESETS, sys.argv[1:]))
-    except tgm.UserError as error:
-        sys.exit(f"error: {error}")
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)  # of matrices as narrow as tiny's: more threads wait for each other
+    tgm.start(PRESETS)

@@ -4,7 +4,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 import records
 import train_gpt_medium as tgm
 from fault_driver import Started, is_alive, state_of, wait_for, write_copy
-from helpers import ALONE, FEW_LAYERS, ROOT, random_ids, small_config, write_shard
+from helpers import ALONE, FEW_LAYERS, ROOT, random_ids, same, small_config, tensors, write_shard
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists() or torch.cuda.is_available(),
                                 reason="reads the state of processes in /proc, and starts ranks without GPUs")
@@ -273,38 +272,23 @@ def test_a_flipped_bit_is_found_or_changes_nothing(config, copied, straight, mon
     path = saved(copied)[-1]
     part = Path(path) / "rank_0.pt"
     data = bytearray(part.read_bytes())
-    whole = torch.load(part, weights_only=True)
+    whole = tensors(torch.load(part, weights_only=True))
     checkpoints = tgm.Checkpoints(config, "", tgm.find_shards(config)[0], "run", 0, ALONE)
-    checkpoints.made_by = whole["made_by"]
+    checkpoints.made_by = torch.load(part, weights_only=True)["made_by"]
     anywhere = torch.randint(len(data), (100,), generator=torch.Generator().manual_seed(0)).tolist()
     refused = 0
     for position in (*anywhere, *range(len(data) - 100, len(data))):
         data[position] ^= 16
         part.write_bytes(data)
         try:
-            assert_equal(checkpoints.read(path), whole)
+            read = tensors(checkpoints.read(path))
+            assert read.keys() == whole.keys() and all(same(read[key], whole[key]) for key in whole)
         except tgm.UserError as error:
             assert re.fullmatch(rf"{part} is torn or damaged: RESUME_FROM=\S+ resumes from the one before it\.",
                                 str(error))
             refused += 1
         data[position] ^= 16
     assert refused > 100
-
-
-def assert_equal(ours, theirs) -> None:
-    assert type(ours) is type(theirs)
-    if isinstance(ours, torch.Tensor):
-        assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
-    elif isinstance(ours, dict):
-        assert ours.keys() == theirs.keys()
-        for key in ours:
-            assert_equal(ours[key], theirs[key])
-    elif isinstance(ours, (list, tuple)):
-        assert len(ours) == len(theirs)
-        for mine, other in zip(ours, theirs):
-            assert_equal(mine, other)
-    else:
-        assert ours == theirs
 
 
 def test_another_runs_checkpoint_is_refused_with_what_differs(config, copied, tmp_path_factory):
@@ -345,30 +329,9 @@ def test_a_checkpoint_that_is_not_there(place):
 
 # ---- disks and folders
 
-@pytest.fixture
-def mount():
-    """A function that mounts a memory disk of some bytes in a folder that it makes, or makes it larger."""
-    mounted = []
-
-    def mount(folder: Path, size: int) -> None:
-        again = folder in mounted
-        folder.mkdir(exist_ok=True)
-        try:
-            subprocess.run(["mount", "-t", "tmpfs", "-o", f"{'remount,' * again}size={size}", "tmpfs", folder],
-                           check=True, capture_output=True)
-        except (OSError, subprocess.CalledProcessError):
-            pytest.skip("needs the right to mount")
-        if not again:
-            mounted.append(folder)
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", folder], check=True)
-
-
 def test_a_disk_too_small_for_the_second_checkpoint(place, straight, mount, capsys):
     size = (straight[0] / saved(straight[0])[-1] / "rank_0.pt").stat().st_size
-    mount(place / "checkpoints", size * 3 // 2)
+    mount(place / "checkpoints", f"size={size * 3 // 2}")
     code, console = run(place)
     (before,) = saved(place)
     path = f"{Path(before).parent}/step_000004/rank_0.pt"
@@ -377,17 +340,17 @@ def test_a_disk_too_small_for_the_second_checkpoint(place, straight, mount, caps
                         rf"RESUME_FROM={before} resumes from the last checkpoint\.", sentence(console))
     assert not list(place.rglob("*.unfinished"))
     assert_unfinished(place, capsys)
-    mount(place / "checkpoints", size * 8)
+    mount(place / "checkpoints", f"size={size * 8}")
     assert_resumes(place, before, 2, straight)
 
 
 def test_a_disk_too_small_for_the_log(place, mount, capsys):
     """Full from the start, then in the middle."""
-    mount(place / "logs", 2 ** 14)
+    mount(place / "logs", "size=16k")
     code, console = run(place)
     full = r"cannot be written \(.*No space left on device; 0 MiB free\): make room\."
     assert code == 1 and re.fullmatch(rf"error: logs/\S+\.txt {full}\n", console), console
-    mount(place / "logs", 2 ** 18)
+    mount(place / "logs", "size=256k")
     code, console = run(place, "fill 0 3")
     (path,) = (path for path in place.glob("logs/*.txt") if path.stat().st_size > 2 ** 14)
     assert code == 1 and re.fullmatch(rf"logs/{path.name} {full} RESUME_FROM={saved(place)[-1]} resumes from the last "

@@ -79,7 +79,7 @@ def test_a_step_of_the_optimizer_equals_the_frozen_one(dtype, bound):
     world = tgm.World(0, 1, torch.device("cuda"))
     compiled = partial(torch.compile, dynamic=False, fullgraph=True)
     optimizers = (tgm.Optimizer(models[0], config, world, compiled),
-                  plain_optimizer.Optimizer(models[1], config, world, compiled(plain_optimizer.muon_update)))
+                  plain_optimizer.Optimizer(models[1], config, compiled(plain_optimizer.muon_update)))
     before = [p.detach().float().clone() for p in models[0].parameters()]
     for model, optimizer in zip(models, optimizers):
         generator = torch.Generator("cuda").manual_seed(0)

@@ -46,14 +46,6 @@ def test_known_answers(case, answer):
         assert pairs == answer[f"{name}_attended_pairs"], name
 
 
-# The quickest by default, about 30 s; the others with `pytest -m slow`.
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="known answers are fp32, which a GPU leaves to the plain versions")
-@pytest.mark.parametrize("case, answer", [pytest.param(*case.values, id=case.id, marks=[] if case.id == "A-2" else [
-    pytest.mark.slow]) for case in CASES if "full" not in case.id])
-def test_known_answers_through_the_kernels(kernels, case, answer):
-    test_known_answers(case, answer)
-
-
 # The kernels know neither documents nor windows: in the interpreter each occurs once, other pairs with `-m slow`.
 PAIRS = [pytest.param(doc_starts, w, marks=[] if DEVICE.type == "cuda" or i == j else [pytest.mark.slow])
          for i, doc_starts in enumerate(([], [0, 128, 256], [127, 129, 200, 383])) for j, w in enumerate((0, 1, 3))]

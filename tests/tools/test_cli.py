@@ -62,41 +62,11 @@ def test_big_presets_are_refused_on_a_cpu(preset):
         assert f"preset {preset} needs a CUDA GPU" in done.stderr and "tiny" in done.stderr
 
 
-@pytest.mark.parametrize("shard, fault, word", [
-    ("train", "missing", "text_train_000001.bin is missing"), ("train", "empty", "not a version 1"),
-    ("train", "magic", "not a version 1"), ("train", "short", "is damaged"),
-    ("train", "vocabulary", "vocabulary of 50257"), ("val", "short", "is damaged"),
-    ("val", "missing", "cannot be read"), ("train", "few", "text_train_000002.bin is missing: 64 steps need")])
-def test_bad_shards_end_in_one_sentence(tmp_path, shard, fault, word):
-    config = small_config()
-    paths = {"train": tmp_path / "text_train_000001.bin", "val": tmp_path / "text_val_000000.bin"}
-    batches = 20 if fault == "few" else 64
-    write_shard(paths["train"], random_ids(batches * 4096 + 1, config))
-    write_shard(paths["val"], random_ids(2 ** 14 + 1, config))
-    path = paths[shard]
-    if fault == "missing":
-        path.unlink()
-        if shard == "train":
-            path.with_name("text_train_000002.bin").touch()
-    elif fault == "empty":
-        path.write_bytes(b"")
-    elif fault == "magic":
-        path.write_bytes(b"\0" + path.read_bytes()[1:])
-    elif fault == "short":
-        path.write_bytes(path.read_bytes()[:-2])
-    elif fault == "vocabulary":
-        write_shard(path, [1] * 300_000, 50257, 50256)
-    done = run(sys.executable, TRAINER, "tiny", cwd=tmp_path, DATA_PATH=str(tmp_path))
-    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("error: ") and word in done.stderr
-    assert not (tmp_path / "logs").exists()
-
-
 @pytest.mark.parametrize("ranks, sentence", [(2, "text_train_000001.bin is missing"), (3, "3 processes cannot share")])
 def test_what_all_ranks_of_torchrun_refuse_is_said_once(tmp_path, ranks, sentence):
     done = run(*TORCHRUN, f"--nproc_per_node={ranks}", TRAINER, "tiny", cwd=tmp_path)
     (error,) = re.findall("^error: .+", done.stderr, re.M)
-    assert done.returncode != 0 and sentence in error
+    assert done.returncode != 0 and sentence in error and not (tmp_path / "logs").exists()
 
 
 def test_a_port_that_is_taken(tmp_path):
@@ -110,21 +80,6 @@ def test_a_port_that_is_taken(tmp_path):
                    MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     assert done.returncode == 1 and port in done.stderr and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].endswith("start with torchrun, or mend MASTER_ADDR or MASTER_PORT.")
-
-
-def test_torchrun_starts_two_processes(tmp_path):
-    """The real launcher over the trainer's own guard, with the preset cut to two steps."""
-    source = TRAINER.read_text().replace('preset="tiny", ', 'preset="tiny", seed=3, ').replace(
-        "num_iterations=64,", "num_iterations=2,")
-    (tmp_path / "train.py").write_text(source)
-    write_shard(tmp_path / "data" / "text" / "text_train_000001.bin", random_ids(2 * 4096 + 1, small_config()))
-    write_shard(tmp_path / "data" / "text" / "text_val_000000.bin", random_ids(2 ** 14 + 1, small_config()))
-    done = run(*TORCHRUN, "--nproc_per_node=2", "train.py", "tiny", cwd=tmp_path, OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
-    (log,) = (tmp_path / "logs").iterdir()  # one log: rank 0 alone writes
-    text = log.read_text()
-    assert text.startswith(source) and "on 2 x CPU process" in text
-    assert len(re.findall(r"^step:\d+/2 val_loss", text, re.M)) == 2
 
 
 def test_help_and_unknown_presets():

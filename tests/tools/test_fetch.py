@@ -323,24 +323,14 @@ def test_the_command(hub, tmp_path):
     assert "HF_HUB_OFFLINE" in stderr and not hub.log
 
 
-@pytest.fixture
-def disk(tmp_path):
-    """A memory disk of 256 KB, less than a set needs."""
-    try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", tmp_path], check=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("needs the right to mount")
-    yield tmp_path
-    subprocess.run(["umount", tmp_path], check=True)
-
-
 @pytest.mark.filterwarnings("ignore:Not enough free disk space")
-def test_too_little_space_is_refused_before_the_transfer_and_resumed_midway(hub, disk):
+def test_too_little_space_is_refused_before_the_transfer_and_resumed_midway(hub, tmp_path, mount):
+    disk = mount(tmp_path / "disk", "size=256k")  # less than a set needs
     needed = len(hub.files[VAL] + hub.files[ONE])
     with pytest.raises(fetch.ShardError, match=f"needs {needed:,} bytes more and its disk has [0-9,]+ free"):
         get(hub, disk)
     assert not hub.transfers() and not list(disk.glob("*.bin"))
-    subprocess.run(["mount", "-o", "remount,size=400k", disk], check=True)
+    mount(disk, "size=400k")
 
     def fill(name: str) -> None:
         with suppress(OSError):  # what was transferred before may leave no room for all of it

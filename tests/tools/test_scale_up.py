@@ -1,9 +1,7 @@
 """The scaled-up run, records/scale_up_1b: its formulas, 1 and 2 gloo processes, its data, its log, what stops it."""
-import ast
 import json
 import math
 import re
-import sys
 from pathlib import Path
 from pydoc_data import topics
 
@@ -131,17 +129,6 @@ def test_model_against_its_formulas():
     assert model(ids.flatten(), targets.flatten()).item() == pytest.approx(loss.item(), rel=1e-5)
 
 
-@torch.no_grad()
-def test_no_later_token_reaches_an_earlier_logit():
-    model, ids = random_model(tiny(smear_mtp=True)), random_ids(32)[None]
-    before = model.logits(ids)
-    for t in (1, 17, 31):
-        changed = ids.clone()
-        changed[:, t:] = (changed[:, t:] + 1) % 257
-        after = model.logits(changed)
-        assert torch.equal(after[:, :t], before[:, :t]) and not torch.equal(after[:, t], before[:, t])
-
-
 def test_lr_factor():
     config = t1b.Config()
     assert [t1b.lr_factor(step, config) for step in (0, 14_531, 14_532, 17_438, 20_343)] == [
@@ -191,34 +178,10 @@ def test_optimizer_against_its_formulas():
 # ----------------------------------------------------------------------------------------------------------------------
 # Ranks and data
 
-def report(world, identical: t1b.Config, distinct: t1b.Config) -> dict:
-    return dict(identical=train_and_report(world, identical), distinct=train_and_report(world, distinct))
-
-
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory) -> dict[int, list[dict]]:
-    """What every rank of 1 and of 2 reports."""
-    folder, config = tmp_path_factory.mktemp("ranks"), tiny(num_iterations=NUM_STEPS)
-    micro_batch = random_ids(config.piece_len)  # every one is the same, its last target included
-    identical = with_shards(folder / "identical", config, [*micro_batch.repeat(NUM_STEPS * 8), micro_batch[0]])
-    distinct = with_shards(folder / "distinct", config, random_ids(NUM_STEPS * 8 * config.piece_len + 1))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the processes have: another number may round otherwise
-    alone = report(ALONE, identical, distinct)
-    torch.set_num_threads(threads)
-    return {1: [alone], 2: run_ranks(2, report, identical, distinct, folder=folder)}
-
-
-def test_identical_micro_batches_give_bitwise_equal_parameters(reports):
-    alone = reports[1][0]["identical"]
-    for rank_report in reports[2]:
-        for name, p in rank_report["identical"]["params"].items():
-            assert torch.equal(p, alone["params"][name]), name
-        assert rank_report["identical"]["val_loss"] == pytest.approx(alone["val_loss"], abs=1e-12)
-
-
-def test_distinct_micro_batches_give_the_same_update(reports):
-    assert_one_run([rank_report["distinct"] for rank_report in reports[2]], reports[1][0]["distinct"])
+def test_two_ranks_train_as_one(tmp_path):
+    config = tiny(num_iterations=NUM_STEPS)
+    config = with_shards(tmp_path, config, random_ids(NUM_STEPS * 8 * config.piece_len + 1))
+    assert_one_run(run_ranks(2, train_and_report, config, folder=tmp_path), train_and_report(ALONE, config))
 
 
 def test_training_data_wraps_around(tmp_path):
@@ -226,7 +189,7 @@ def test_training_data_wraps_around(tmp_path):
     ids = torch.arange(2 * 1024 + 1) % 257, (1100 + torch.arange(1024 + 300)) % 257
     config = with_shards(tmp_path, tiny(), ids[0])
     write_shard(tmp_path / "text_train_000002.bin", ids[1])
-    loader = tgm.TrainLoader(t1b.find_shards(config)[0], config, ALONE)
+    loader = tgm.TrainLoader(tgm.find_shards(config)[0], config, ALONE)
     for shard, start in ((0, 0), (0, 1024), (1, 0)) * 2 + ((0, 0), (0, 1024)):
         inputs, targets = next(loader)
         assert inputs.shape == (8, 128)
@@ -238,64 +201,28 @@ def test_training_data_wraps_around(tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 # A run
 
-@pytest.fixture
-def cpu_alone(monkeypatch, tmp_path):
+def test_tiny_learns_on_text_and_its_log_is_read_by_the_tools(monkeypatch, tmp_path):
     enter(tmp_path, monkeypatch)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)  # a run leaves one
-
-
-def test_tiny_learns_on_text_and_its_log_is_read_by_the_tools(cpu_alone, tmp_path, capsys):
     text = np.frombuffer("".join(topics.topics.values()).encode(), np.uint8)
     config = with_shards(tmp_path / "text", tiny(context_len=64, head_dim=32, val_tokens=4096, num_iterations=24,
                                                  cooldown_steps=8, val_every=12), text[4097:60_000], text[:4097])
     val_loss = t1b.main(config)
     (path,) = (tmp_path / "logs").iterdir()
-    console = capsys.readouterr().out
-    assert f"log logs/{path.name}\n" in console and "step:24/24 val_loss:" in console
     run = run_log.read_log(path)
-    assert [v.step for v in run.validations] == [0, 12, 24] and run.finished and run.clock_start == 10
+    assert [v.step for v in run.validations] == [0, 12, 24] and run.finished
     assert [step for step, _ in run.step_ms] == list(range(1, 25))
-    assert all(ms == 0 for step, ms in run.step_ms if step <= 10) and 0 < run.step_ms[10][1] < run.step_ms[-1][1]
     assert all(path.read_text().strip() in run.source for path in (FOLDER / "train_gpt_1b.py", TRAINER))
     assert run.constants["groups"] == repr(config.groups) and run.peak_memory_mib > 0
     assert run.tokens.tolist() == [1024 * step for step in range(25)]
-    assert 14 * run.validations[-1].step_avg_ms == pytest.approx(run.validations[-1].train_ms, abs=1)  # of timed steps
-    assert run.environment.torch == torch.__version__
     assert run.final_loss == pytest.approx(val_loss, abs=1e-6)
     assert run.validations[0].extras["smear_lambda"] == 0 != run.validations[-1].extras["smear_lambda"]
     # Uniform guesses over the 256 bytes cost ln 256; letters alone bring English text below 3.2.
     assert run.validations[0].loss > math.log(256) > 4 > run.final_loss
 
 
-@pytest.mark.parametrize("break_it, sentence", [
-    (lambda folder: (folder / "text_val_000000.bin").unlink(), "1 training and 0 validation shards"),
-    (lambda folder: write_shard(folder / "text_train_000001.bin", range(9)), "is too short"),
-    (lambda folder: write_shard(folder / "text_val_000000.bin", range(9)), "ends after 9 tokens"),
-    (lambda folder: write_shard(folder / "text_val_000000.bin", range(9), vocab_size=0), "a vocabulary of 50257"),
-])
-def test_shards_that_cannot_be_used_are_refused(tmp_path, break_it, sentence):
-    config = with_shards(tmp_path, tiny(), random_ids(1025))
-    t1b.find_shards(config)
-    break_it(tmp_path)
-    with pytest.raises(tgm.UserError, match=sentence):
-        t1b.find_shards(config)
-
-
 def test_sequences_that_do_not_fill_a_forward_pass_are_refused():
     with pytest.raises(tgm.UserError, match="128 or 128 tokens is no number of sequences of 48"):
         tiny(context_len=48)
-
-
-def test_the_script_imports_the_trainer_alone_and_runs_nothing():
-    tree = ast.parse((FOLDER / "train_gpt_1b.py").read_text())
-    modules = {(node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
-               for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))}
-    assert modules - sys.stdlib_module_names == {"torch", "train_gpt_medium"}
-    allowed = (ast.Import, ast.ImportFrom, ast.Assign, ast.ClassDef, ast.FunctionDef, ast.If)
-    docstring, find_trainer, *others = [node for node in tree.body if not isinstance(node, allowed)]
-    assert ast.unparse(find_trainer).startswith("sys.path.insert(") and not others
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -132,20 +132,9 @@ def test_one_rank_evaluates_to_the_log_s_digits(one_rank, exported, capsys, step
     for source in (run / f"step_00000{step}", *([exported, run] if step == 8 else [])):
         capsys.readouterr()
         assert weights.main(["evaluate", str(source), "--data", config.data_dir]) == 0
-        assert capsys.readouterr().out == f"step:{step}/8 val_loss:{logged_losses(run)[step]}\n"
+        out, err = capsys.readouterr()  # nor does it say that another script made them
+        assert (out, err) == (f"step:{step}/8 val_loss:{logged_losses(run)[step]}\n", "")
     assert config.model_inputs(4) != config.model_inputs(8)  # each with the window of its step
-
-
-def test_weights_of_another_script_are_named_as_such(one_rank, exported, monkeypatch, tmp_path, capsys):
-    script = Path(shutil.copy(tgm.__file__, tmp_path / "train_gpt_medium.py"))
-    script.write_text(script.read_text() + "# another\n")
-    for source in (exported, one_rank[1]):
-        weights.read_weights(source)
-        assert capsys.readouterr().err == ""
-        with monkeypatch.context() as patch:
-            patch.setattr(tgm, "__file__", str(script))
-            weights.read_weights(source)
-        assert "made by another version of train_gpt_medium.py" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("source", ["a copy", "a thin script"])
