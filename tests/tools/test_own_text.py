@@ -5,6 +5,7 @@ import os
 import shlex
 import sys
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -134,13 +135,13 @@ FINE = b'{"text": "fine"}\n'
     ("a.jsonl", FINE + b'["text"]\n', [], "a.jsonl: line 2 has no text in a field 'text'; name it with --field"),
     ("a.jsonl", FINE + b'{"text": null}\n', [], "a.jsonl: line 2 has no text in a field 'text'"),
     ("a.txt.gz", b"plain text", [], "a.txt.gz cannot be read (Not a gzipped file"),
-    ("a.jsonl.gz", gzip.compress(FINE * 1000)[:-20], [], "a.jsonl.gz cannot be read (Compressed file ended"),
+    ("a.jsonl.gz", gzip.compress(FINE * 1000, mtime=0)[:-20], [], "a.jsonl.gz cannot be read (Compressed file ended"),
     ("a.parquet", b"PAR1", [], "a.parquet: it is damaged or has no column of text 'text'; name another with --field"),
     ("a.md", b"text", [], "a.md neither is nor holds a .txt, .jsonl, .parquet file"),
     ("a.txt", b"x" * 99, ["--out", "a.txt"], "cannot write a.txt: File exists; move away the file"),
     ("a.txt", b"x" * 18, [], "makes 19 tokens; give it at least 20"),
     ("a.txt", b"x" * 99, ["--val-tokens", 100], "takes all of the 100 tokens; lower --val-tokens"),
-    ("a.txt", b"x" * 99, ["--shard-tokens", 1], "cannot hold 1 tokens; ask for")])
+    ("a.txt", b"x" * 99, ["--shard-tokens", 1], "cannot hold 1 tokens; ask for")], ids=map(str, count()))
 def test_bad_input_is_told_in_one_sentence_and_nothing_is_made(tmp_path, capsys, monkeypatch, name, content, options,
                                                                says):
     monkeypatch.chdir(tmp_path)
