@@ -7,7 +7,6 @@ twice. One process at a time works in a folder.
 import argparse
 import fcntl
 import hashlib
-import importlib
 import json
 import os
 import shutil
@@ -35,17 +34,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def load_trainer():
     """The trainer, or what TRAIN_SCRIPT names, as a module, for its presets. Raises ShardError if it cannot be."""
-    path = ROOT / (os.environ.get("TRAIN_SCRIPT") or "train_gpt_medium.py")
-    sys.path[:0] = folders = [str(path.parent), str(ROOT)]
+    sys.path.append(str(ROOT / "data" / "preflight"))
     try:
-        return importlib.import_module(path.stem)
+        from memory import load_script  # with torch, which most commands do without
+        return load_script()
     except ModuleNotFoundError as error:
         raise ShardError(f"{error.name} is not installed, which presets need; install requirements.txt") from error
     except Exception as error:  # its constants are made to be edited
-        raise ShardError(f"the trainer's presets cannot be read ({error}); mend {path.name}") from error
+        name = Path(os.environ.get("TRAIN_SCRIPT") or "train_gpt_medium.py").name
+        raise ShardError(f"the trainer's presets cannot be read ({error}); mend {name}") from error
     finally:
-        for folder in folders:
-            sys.path.remove(folder)
+        sys.path.remove(str(ROOT / "data" / "preflight"))
 
 
 def count_shards(preset):

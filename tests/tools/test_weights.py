@@ -140,14 +140,14 @@ def test_one_rank_evaluates_to_the_log_s_digits(one_rank, exported, capsys, step
 @pytest.mark.parametrize("source", ["a copy", "a thin script"])
 def test_train_script_names_the_script(one_rank, tmp_path, source):
     """Its own presets and machine are what the checkpoint is read with."""
-    script = tmp_path / "mine.py"
+    script = tmp_path / "mine.v2.py"
     script.write_text(Path(tgm.__file__).read_text() + "# another\n" if source == "a copy" else
                       "from train_gpt_medium import *\n")
     done = subprocess.run([sys.executable, RECORDS / "tools" / "weights" / "weights.py", "evaluate", one_rank[1]],
                           env=environment(TRAIN_SCRIPT=str(script), DATA_PATH=one_rank[0].data_dir),
                           capture_output=True, text=True)
     assert f"val_loss:{logged_losses(one_rank[1])[8]}\n" in done.stdout, done.stderr
-    assert "made by another version of mine.py" in done.stderr
+    assert "made by another version of mine.v2.py" in done.stderr
 
 
 # ---- sample

@@ -11,7 +11,6 @@ GPU if there is one: written for that, but not run on one yet.
 """
 import argparse
 import hashlib
-import importlib
 import json
 import os
 import sys
@@ -22,14 +21,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[3]
-SCRIPT = ROOT / (os.environ.get("TRAIN_SCRIPT") or "train_gpt_medium.py")
-sys.path[:0] = [str(SCRIPT.parent)] if SCRIPT.parent != ROOT else []
-sys.path.append(str(ROOT))
+sys.path.append(str(ROOT / "data" / "preflight"))
 try:
     import torch
-    recipe = importlib.import_module(SCRIPT.stem)
+    from memory import load_script
+    recipe = load_script()
 except ModuleNotFoundError as error:
     sys.exit(f"weights.py: {error.name} is not installed: pip install -r requirements.txt")
+SCRIPT = Path(recipe.__file__)
 # The machine: of an edited copy itself, of a thin script the one that it imports. `audit` gets it under this name, too.
 sys.modules["train_gpt_medium"] = sys.modules[recipe.start.__module__]
 import train_gpt_medium as tgm
