@@ -24,8 +24,7 @@ SHARD_TOKENS = 100_000_000
 MIN_VAL_TOKENS = 10_485_760 + 1  # those that validate, and the last target
 NUM_THREADS = 4  # files at once; untuned
 MAX_TRIES = 5  # of a file whose transfer breaks or that comes damaged
-CHUNK_BYTES = 2**20  # read at once
-HUB_SETTINGS = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_ENABLE_HF_TRANSFER": "0"}
+MEND_SETTINGS = "correct the environment's HF_ variables, or the token that is stored"
 MANIFEST, PARTIAL, LOCK = "manifest.json", ".partial", ".get.lock"
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -121,12 +120,11 @@ def is_current(path, entry):
 
 def examine(path, old_entry, hub_sha256):
     """The manifest entry of a shard, read as a whole. Raises Damage if it is wrong or not what is known of it."""
-    num_tokens, digest = check_published(path), hashlib.sha256()
+    num_tokens = check_published(path)
     with open(path, "rb") as file:
-        while piece := file.read(CHUNK_BYTES):
-            digest.update(piece)
+        sha256 = hashlib.sha256(file.read()).hexdigest()
         os.fsync(file.fileno())  # before a name says that it is whole
-    sha256, wanted = digest.hexdigest(), hub_sha256 or old_entry and old_entry["sha256"]
+    wanted = hub_sha256 or old_entry and old_entry["sha256"]
     if wanted and sha256 != wanted:
         raise Damage(f"its SHA-256 begins with {sha256[:12]} instead of {wanted[:12]}")
     return make_entry(path, num_tokens, sha256, hub_sha256)
@@ -134,36 +132,25 @@ def examine(path, old_entry, hub_sha256):
 
 # ---- the transfer
 
-def open_bar(title, total, initial=0, **options):
-    """A tqdm bar in bytes on stderr, shown on terminals only."""
-    from tqdm import tqdm  # here, so that making shards needs numpy alone
-    return tqdm(desc=title, total=total, initial=initial, unit="B", unit_scale=True, disable=None, **options)
-
-
-def mend_settings():
-    """The way out where a setting of the library will not do: a clause that names those that are set."""
-    names = sorted(name for name in os.environ if name.startswith(("HF_", "HUGGING_FACE_")))
-    names = [name for name in names if name not in HUB_SETTINGS]
-    return f"correct or unset {', '.join(names)}" if names else "look at the token that it has stored"
-
-
 def load_hub():
     """huggingface_hub, set for this use. Raises ShardError where it is not installed."""
     # Before the import, which reads them: these two ways of transfer do not resume.
-    os.environ.update(HUB_SETTINGS)
+    os.environ.update(HF_HUB_DISABLE_XET="1", HF_HUB_ENABLE_HF_TRANSFER="0")
     try:
         import huggingface_hub
         import huggingface_hub.constants
     except ModuleNotFoundError as error:
         raise ShardError(f"{error.name} is not installed, which fetching needs; install requirements.txt") from error
     except ValueError as error:  # it reads some of its settings as numbers
-        raise ShardError(f"huggingface_hub cannot use its settings ({error}); {mend_settings()}") from error
+        raise ShardError(f"huggingface_hub cannot use its settings ({error}); {MEND_SETTINGS}") from error
     huggingface_hub.logging.set_verbosity_error()  # its warnings on what it tries again would hide the one sentence
     return huggingface_hub
 
 
-def fetch_shard(hub, source, folder, name, remote, old_entry):
+def fetch_shard(hub, source, folder, name, old_entry):
     """The manifest entry of a shard, once it is in its place; what breaks is resumed, what is damaged fetched again."""
+    remote = hub.get_hf_file_metadata(hub.hf_hub_url(filename=name, **source),
+                                      timeout=hub.constants.HF_HUB_ETAG_TIMEOUT)
     part, sha256 = folder / PARTIAL / name, remote.etag if len(remote.etag or "") == 64 else None
     for tries_left in reversed(range(MAX_TRIES)):
         if max((path.stat().st_size for path in part.rglob("*")), default=0) > (remote.size or 0):
@@ -189,23 +176,16 @@ def download(folder, names, manifest, endpoint):
     """Fetch the named shards and note them in the manifest. Raises ShardError at the first that cannot be had."""
     print(f"fetching {len(names)} files of {DATASET} into {folder}", flush=True)
     hub, source = load_hub(), dict(repo_id=DATASET, repo_type="dataset", endpoint=endpoint)
-    came = sum(path.stat().st_size for name in names for path in (folder / PARTIAL / name).rglob("*") if path.is_file())
     try:
         with ThreadPoolExecutor(NUM_THREADS) as pool:
-            remotes = list(pool.map(lambda name: hub.get_hf_file_metadata(
-                hub.hf_hub_url(filename=name, **source), timeout=hub.constants.HF_HUB_ETAG_TIMEOUT), names))
-            needed = sum(remote.size or 0 for remote in remotes) - came
-            if (free := shutil.disk_usage(folder).free) < needed:
-                raise ShardError(f"{folder} needs {needed:,} bytes more and its disk has {free:,} free; "
-                                 f"free some space or name a folder on another disk")
-            work = zip(names, remotes, map(manifest.get, names))
-            for name, entry in zip(names, pool.map(lambda args: fetch_shard(hub, source, folder, *args), work)):
+            entries = pool.map(lambda name: fetch_shard(hub, source, folder, name, manifest.get(name)), names)
+            for name, entry in zip(names, entries):
                 manifest[name] = entry
                 write_manifest(folder, manifest)
                 hub.utils.tqdm.write(f"{folder / name}: {entry['tokens']:,} tokens, {entry['bytes'] / 1e6:.1f} MB")
                 sys.stdout.flush()
     except UnicodeError as error:  # of a header, into which the token goes
-        raise ShardError(f"huggingface_hub cannot use its settings ({error}); {mend_settings()}") from error
+        raise ShardError(f"huggingface_hub cannot use its settings ({error}); {MEND_SETTINGS}") from error
     except (Damage, OSError) as error:
         if getattr(error, "errno", None) is not None:  # the disk's
             raise

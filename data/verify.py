@@ -8,60 +8,39 @@ from pathlib import Path
 
 import numpy as np
 
-from fetch import CHUNK_BYTES, is_unchanged, load_trainer, open_bar, read_manifest
+from fetch import is_unchanged, load_trainer, read_manifest
 from shard_format import HEADER_INTS, PUBLISHED_DOC_ID, Damage, ShardError, read_header
 
 NAME = re.compile(r"(.+)_(train|val)_(\d{6})\.bin")
-BAR_DELAY_S = 2
-MAX_NAME_WIDTH = 30  # keeps the table within 120 columns
 ROW = "{:<{}}  {:<7}  {:>13}  {:>11}  {:>11}  {:>11}  {:>11}  {:<12}"
 
 
 # ---- one shard
 
-def scan(path, header, digest, bar):
-    """One pass in pieces over a shard: a dict of its documents, smallest and largest document, smallest and largest id.
+def scan(content, header):
+    """A shard's documents, smallest and largest document, smallest and largest id, as a dict; content: its bytes.
 
     A document is counted in tokens from its opening id to the next one or the end; what stands before the first one
-    ends a document of the shard before. digest: a hash to be updated with the whole file, or None.
+    ends a document of the shard before.
     """
-    num_documents, lengths, low, high = 0, [], header.vocab_size, 0
-    position, opened = 0, np.empty(0, np.int64)  # where the document in progress began
-    with open(path, "rb") as file:
-        piece = file.read(4 * HEADER_INTS)
-        while piece:
-            if digest:
-                digest.update(piece)
-            bar.update(len(piece))
-            if piece := file.read(CHUNK_BYTES):
-                ids = np.frombuffer(piece, "<u2")
-                low, high = min(low, int(ids.min())), max(high, int(ids.max()))
-                starts = np.concatenate((opened, np.flatnonzero(ids == header.doc_id) + position))
-                num_documents += starts.size - opened.size
-                position, opened = position + ids.size, starts[-1:]
-                lengths += extremes(np.diff(starts))
-    lengths += extremes(position - opened)
-    return {"documents": num_documents, "smallest": min(lengths, default=None), "largest": max(lengths, default=None),
-            "min_id": low, "max_id": high}
+    ids = np.frombuffer(content, "<u2", offset=4 * HEADER_INTS)
+    starts = np.flatnonzero(ids == header.doc_id)
+    lengths = np.diff(starts, append=ids.size).tolist()
+    return {"documents": len(lengths), "smallest": min(lengths, default=None), "largest": max(lengths, default=None),
+            "min_id": int(ids.min()), "max_id": int(ids.max())}
 
 
-def extremes(lengths):
-    """[smallest, largest] of an array, or nothing of an empty one."""
-    return [int(lengths.min()), int(lengths.max())] if lengths.size else []
-
-
-def inspect(path, entry, bar):
+def inspect(path, entry):
     """All that is known of one shard as a dict; `problem` is None or the clause after "NAME is damaged: "."""
     row = dict.fromkeys(("name", "problem", "tokens", "vocab_size", "doc_id", "documents", "smallest", "largest",
                          "min_id", "max_id", "sha256", "sha256_from"))
     row["name"] = path.name
     try:
         header = read_header(path)
-        digest = None if is_unchanged(path, entry) else hashlib.sha256()
-        row.update(header._asdict(), tokens=header.num_tokens, **scan(path, header, digest, bar))
-        del row["num_tokens"]
-        row["sha256"] = digest.hexdigest() if digest else entry["sha256"]
-        row["sha256_from"] = "file" if digest else "manifest"
+        content, known = path.read_bytes(), is_unchanged(path, entry)
+        row.update(scan(content, header), tokens=header.num_tokens, vocab_size=header.vocab_size, doc_id=header.doc_id)
+        row["sha256"] = entry["sha256"] if known else hashlib.sha256(content).hexdigest()
+        row["sha256_from"] = "manifest" if known else "file"
         if row["max_id"] >= header.vocab_size:
             raise Damage(f"it holds id {row['max_id']:,}, outside its vocabulary of {header.vocab_size:,}")
         if entry and entry["sha256"] != row["sha256"]:
@@ -94,24 +73,15 @@ def find_problems(rows):
     for prefix, splits in numbers.items():
         if 0 not in splits["val"]:
             problems.append(f"{prefix}_val_000000.bin is missing; fetch or make it")
-        if missing := find_gaps(splits["train"]):
-            problems.append(f"training shards of {prefix} are missing: {missing}; fetch or make them")
+        if missing := sorted({*range(1, max(splits["train"], default=1) + 1)} - {*splits["train"]}):
+            problems.append(f"{prefix}_train_{missing[0]:06d}.bin is missing, as are {len(missing) - 1} more; "
+                            f"fetch or make them")
     return problems
 
 
 def vocabularies(rows):
     """Sorted pairs of vocabulary size and document id that the readable shards have."""
     return sorted({(row["vocab_size"], row["doc_id"]) for row in rows if row["vocab_size"]})
-
-
-def find_gaps(numbers):
-    """The numbers that a run of training shards from 1 to the largest (1 at least) lacks, such as "1-3, 7"."""
-    gaps, expected = [], 1
-    for number in sorted(numbers) or [2]:
-        if number > expected:
-            gaps.append(str(expected) if number == expected + 1 else f"{expected}-{number - 1}")
-        expected = number + 1
-    return ", ".join(gaps)
 
 
 def judge_presets(folder, rows):
@@ -139,6 +109,7 @@ def judge_presets(folder, rows):
 
 def examine(folder):
     """Everything about the folder's shards as a dict, ready for JSON. Raises ShardError where there are none."""
+    from tqdm import tqdm  # here: other commands of shards.py get by with numpy
     folder = Path(folder)
     paths = sorted(path for path in folder.glob("*.bin") if NAME.fullmatch(path.name))
     if not paths:
@@ -146,8 +117,8 @@ def examine(folder):
                          f"or name another folder")
     manifest = read_manifest(folder)
     total = sum(path.stat().st_size for path in paths if path.exists())  # a dangling link does not
-    with open_bar("checking", total, delay=BAR_DELAY_S, leave=False) as bar:
-        rows = [inspect(path, manifest.get(path.name), bar) for path in paths]
+    rows = [inspect(path, manifest.get(path.name))
+            for path in tqdm(paths, "checking", delay=2, leave=False, disable=None)]
     report = {"folder": str(folder), "shards": rows, "problems": find_problems(rows),
               "bytes": total, "presets": None, "presets_unknown": None}
     for split in ("train", "val"):
@@ -161,15 +132,15 @@ def examine(folder):
 
 
 def print_report(report):
-    """The report for people: a table of at most 120 columns, totals, presets, problems."""
-    width = min(MAX_NAME_WIDTH, max(len(row["name"]) for row in report["shards"]))
+    """The report for people: a table, totals, presets, problems."""
+    width = max(len(row["name"]) for row in report["shards"])
     print(ROW.format("shard", width, "state", "tokens", "documents", "smallest", "largest", "ids", "sha256"))
     for row in report["shards"]:
-        name = row["name"] if len(row["name"]) <= width else f"...{row['name'][3 - width:]}"
         counts = [f"{row[key]:,}" if row[key] is not None else "-"
                   for key in ("tokens", "documents", "smallest", "largest")]
         ids = "-" if row["min_id"] is None else f"{row['min_id']}-{row['max_id']}"
-        print(ROW.format(name, width, "DAMAGED" if row["problem"] else "ok", *counts, ids, (row["sha256"] or "-")[:12]))
+        state, sha256 = "DAMAGED" if row["problem"] else "ok", (row["sha256"] or "-")[:12]
+        print(ROW.format(row["name"], width, state, *counts, ids, sha256))
     for split, title in (("train", "training"), ("val", "validation")):
         count = report[split]
         print(f"{title}: {count['tokens']:,} tokens, {count['documents']:,} documents, shards: {count['shards']}")
