@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from shard_format import PUBLISHED_DOC_ID, PUBLISHED_VOCAB_SIZE, Damage, ShardError, read_header
@@ -77,7 +78,7 @@ def check_published(path):
     return num_tokens
 
 
-# ---- the manifest: {"files": {name: {"bytes", "tokens", "mtime_ns", "sha256", "hub_sha256"}}}
+# ---- the manifest: {"files": {name: {"bytes", "tokens", "mtime_ns", "sha256"}}}
 
 def read_manifest(folder):
     """{name: entry}; empty where the folder has no manifest, or one that cannot be read."""
@@ -98,12 +99,6 @@ def write_manifest(folder, manifest):
     os.replace(temporary, folder / MANIFEST)
 
 
-def make_entry(path, num_tokens, sha256, hub_sha256):
-    stat = path.stat()
-    return {"bytes": stat.st_size, "tokens": num_tokens, "mtime_ns": stat.st_mtime_ns, "sha256": sha256,
-            "hub_sha256": hub_sha256}
-
-
 def is_unchanged(path, entry):
     """Whether the file still has the size and the time of change of its manifest entry (None: it has none)."""
     stat = path.stat()
@@ -118,16 +113,15 @@ def is_current(path, entry):
         return False
 
 
-def examine(path, old_entry, hub_sha256):
-    """The manifest entry of a shard, read as a whole. Raises Damage if it is wrong or not what is known of it."""
-    num_tokens = check_published(path)
+def examine(path, wanted):
+    """The manifest entry of a shard, read as a whole. Raises Damage if it is wrong or its SHA-256 is not `wanted`."""
+    num_tokens, stat = check_published(path), path.stat()
     with open(path, "rb") as file:
         sha256 = hashlib.sha256(file.read()).hexdigest()
         os.fsync(file.fileno())  # before a name says that it is whole
-    wanted = hub_sha256 or old_entry and old_entry["sha256"]
     if wanted and sha256 != wanted:
         raise Damage(f"its SHA-256 begins with {sha256[:12]} instead of {wanted[:12]}")
-    return make_entry(path, num_tokens, sha256, hub_sha256)
+    return {"bytes": stat.st_size, "tokens": num_tokens, "mtime_ns": stat.st_mtime_ns, "sha256": sha256}
 
 
 # ---- the transfer
@@ -147,18 +141,18 @@ def load_hub():
     return huggingface_hub
 
 
-def fetch_shard(hub, source, folder, name, old_entry):
+def fetch_shard(hub, source, folder, name, known_sha256):
     """The manifest entry of a shard, once it is in its place; what breaks is resumed, what is damaged fetched again."""
     remote = hub.get_hf_file_metadata(hub.hf_hub_url(filename=name, **source),
                                       timeout=hub.constants.HF_HUB_ETAG_TIMEOUT)
-    part, sha256 = folder / PARTIAL / name, remote.etag if len(remote.etag or "") == 64 else None
+    part, sha256 = folder / PARTIAL / name, remote.etag if len(remote.etag or "") == 64 else known_sha256
     for tries_left in reversed(range(MAX_TRIES)):
         if max((path.stat().st_size for path in part.rglob("*")), default=0) > (remote.size or 0):
             shutil.rmtree(part)  # a server that ignores ranges sent all again
         try:
             if not (part / name).exists():
                 hub.hf_hub_download(filename=name, local_dir=part, **source)
-            entry = examine(part / name, old_entry, sha256)
+            entry = examine(part / name, sha256)
             os.replace(part / name, folder / name)
             shutil.rmtree(part)
             return entry
@@ -178,7 +172,8 @@ def download(folder, names, manifest, endpoint):
     hub, source = load_hub(), dict(repo_id=DATASET, repo_type="dataset", endpoint=endpoint)
     try:
         with ThreadPoolExecutor(NUM_THREADS) as pool:
-            entries = pool.map(lambda name: fetch_shard(hub, source, folder, name, manifest.get(name)), names)
+            known = [manifest[name]["sha256"] if name in manifest else None for name in names]
+            entries = pool.map(partial(fetch_shard, hub, source, folder), names, known)
             for name, entry in zip(names, entries):
                 manifest[name] = entry
                 write_manifest(folder, manifest)
@@ -202,9 +197,8 @@ def survey(folder, names, manifest):
     """The names of files to fetch; others get the manifest entries that they lack, and damaged ones are named."""
     missing = [name for name in names if not is_current(folder / name, manifest.get(name))]
     for path in [folder / name for name in missing if (folder / name).exists()]:
-        old_entry = manifest.get(path.name)
         try:
-            manifest[path.name] = examine(path, old_entry, old_entry and old_entry.get("hub_sha256"))
+            manifest[path.name] = examine(path, manifest.get(path.name, {}).get("sha256"))
             missing.remove(path.name)
             print(f"{path}: {manifest[path.name]['tokens']:,} tokens, checked", flush=True)
         except Damage as damage:

@@ -30,24 +30,22 @@ def fake_nvidia_smi(folder, *lines: str) -> None:
     script.chmod(0o755)
 
 
-def test_gpus_are_read_from_nvidia_smi(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    fake_nvidia_smi(tmp_path, *["NVIDIA H100 80GB HBM3, 81559, 81000, 580.95.05, 9.0"] * 5)
-    assert preflight.list_gpus() == [H100] * 5
-    assert preflight.ranks_on(preflight.list_gpus()) == 4
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
-    assert len(preflight.list_gpus()) == 2
-
-
 @pytest.mark.parametrize("setting, number", [
-    ("", 0), ("-1", 0), ("NoDevFiles", 0), ("none", 0), ("0,-1,1", 1), ("1, 2", 2), ("0,7,1", 1), ("0,0", 0),
-    ("GPU-0a1b2c3d", 1), ("GPU-0a,GPU-1b", 2), ("MIG-0a1b", 1)])
+    (None, 5), ("0,2", 2), ("", 0), ("-1", 0), ("NoDevFiles", 0), ("none", 0), ("0,-1,1", 1), ("1, 2", 2), ("0,7,1", 1),
+    ("0,0", 0)])
 def test_gpus_are_those_that_cuda_would_show(tmp_path, monkeypatch, setting, number):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if setting is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
     fake_nvidia_smi(tmp_path, *["NVIDIA H100 80GB HBM3, 81559, 81000, 580.95.05, 9.0"] * 5)
-    assert len(preflight.list_gpus()) == number
+    assert preflight.list_gpus() == [H100] * number
+
+
+@pytest.mark.parametrize("setting, number", [("GPU-0a1b2c3d", 1), ("GPU-0a,GPU-1b", 2), ("MIG-0a1b", 1)])
+def test_what_a_uuid_names_holds_an_unknown_memory(monkeypatch, setting, number):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
+    assert preflight.visible([H100] * 5) == [H100._replace(total_mib=None, free_mib=None)] * number
 
 
 def test_nvidia_smi_that_tells_less(tmp_path, monkeypatch):
@@ -191,10 +189,9 @@ def test_banks_that_the_gpus_cannot_share_are_said(monkeypatch):
     assert preflight.check_padding([H100] * 8, tgm.Config()) == []  # a sixteenth of qkvo, and a KB of scalars
 
 
-def look(preset: str, **environment: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
-                                "CUDA_VISIBLE_DEVICES": ""} | environment
-    return subprocess.run(["bash", ROOT / "run.sh", "--check", preset], env=environment, text=True, capture_output=True)
+def run_sh(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["bash", ROOT / "run.sh", *arguments], env=environment(**variables), text=True,
+                          capture_output=True)
 
 
 @pytest.mark.parametrize("old, new, line", [
@@ -206,7 +203,7 @@ def test_an_edited_script_is_looked_at_itself(tmp_path, old, new, line):
                                                                 "checkpoint_minutes: float = 1.0")
     assert source.count(old) == 1
     (tmp_path / "edited_v1.2.py").write_text(source.replace(old, new))
-    assert line in look("medium", TRAIN_SCRIPT=str(tmp_path / "edited_v1.2.py")).stdout
+    assert line in run_sh("--check", "medium", TRAIN_SCRIPT=str(tmp_path / "edited_v1.2.py")).stdout
 
 
 def shard_line(folder, preset="medium"):
@@ -259,14 +256,11 @@ def hang(rank, size, port, on_gpu):
     time.sleep(60 if rank == 0 else 0)
 
 
-def test_all_reduce_line_for_real():
-    assert preflight.check_all_reduce(2, on_gpu=False, limit_s=600).status == "ok"
-    assert preflight.check_all_reduce(1, on_gpu=False).status == "ok"
-
-
-def test_all_reduce_line_when_a_rank_fails():
-    line = preflight.check_all_reduce(2, False, limit_s=600, trial=fail_on_rank_one)
-    assert line.status == "error" and "rank 1 of 2 failed" in line.text
+@pytest.mark.parametrize("trial, status, text", [
+    (preflight.all_reduce_rank, "ok", "2 ranks over gloo"),
+    (fail_on_rank_one, "error", "rank 1 of 2 failed over gloo: its message is above")])
+def test_all_reduce_line_for_real(trial, status, text):
+    assert preflight.check_all_reduce(2, False, 600, trial) == preflight.Line(status, "all-reduce", text)
 
 
 def test_all_reduce_line_when_a_rank_hangs(monkeypatch):
@@ -276,7 +270,7 @@ def test_all_reduce_line_when_a_rank_hangs(monkeypatch):
     def seconds() -> float:
         return next(clock) if len(set(multiprocessing.active_children()) - others) == 1 else 0.0
 
-    monkeypatch.setattr(preflight, "time", SimpleNamespace(monotonic=seconds, sleep=time.sleep))
+    monkeypatch.setattr(preflight, "time", SimpleNamespace(monotonic=seconds))
     line = preflight.check_all_reduce(2, False, limit_s=8, trial=hang)
     assert line.status == "error" and "ranks [0] of 2 hung" in line.text and "for 8 s" in line.text
 
@@ -299,31 +293,33 @@ def test_a_wrong_sum_is_found(monkeypatch):
 
 
 def test_report_on_this_machine_is_one_screen():
-    done = look("tiny")
+    done = run_sh("--check", "tiny")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 10 and all(line.split()[0] in ("ok", "warning") for line in lines[1:])
-    done = look("medium")
+    done = run_sh("--check", "medium")
     assert done.returncode == 1 and "\nerror    GPUs" in done.stdout and "not ready" in done.stderr
 
 
-def run_with_fake_python(tmp_path, gpus: int, *arguments, **environment) -> subprocess.CompletedProcess:
+def run_with_fake_python(tmp_path, gpus: int, *arguments, **variables) -> subprocess.CompletedProcess:
     """run.sh with an interpreter that satisfies every requirement and only says what it was asked to run."""
     fake = tmp_path / "bin" / "python3"
     fake.parent.mkdir(exist_ok=True)
     fake.write_text(f'#!/bin/sh\ncase "$*" in -\\ *) exit 0 ;; -c*) echo {gpus} ;; '
                     '*--presets) printf "short\\tgpu\\n" ;; *) echo "RUN $*" ;; esac\n')
     fake.chmod(0o755)
-    return subprocess.run(["bash", ROOT / "run.sh", *arguments], capture_output=True, text=True, check=True,
-                          env=os.environ | {"PATH": f"{fake.parent}:{os.environ['PATH']}"} | environment)
+    return run_sh(*arguments, PATH=f"{fake.parent}:{os.environ['PATH']}", **variables)
+
+
+def said(done: subprocess.CompletedProcess) -> list[str]:
+    return [line for line in done.stdout.splitlines() if line.startswith("RUN")]
 
 
 @pytest.mark.parametrize("gpus, nproc", [(8, 8), (7, 4), (3, 2), (1, 1)])
 def test_run_sh_with_gpus_checks_fetches_and_launches(tmp_path, gpus, nproc):
     folder = str(tmp_path / "fineweb")
     done = run_with_fake_python(tmp_path, gpus, DATA_PATH=folder)
-    said = [line for line in done.stdout.splitlines() if line.startswith("RUN")]
-    assert said == [f"{LOOK} medium", f"RUN data/shards.py get {folder} --preset medium",
+    assert said(done) == [f"{LOOK} medium", f"RUN data/shards.py get {folder} --preset medium",
                     f"RUN -m torch.distributed.run --standalone --nproc_per_node={nproc} train_gpt_medium.py medium"]
     assert done.stdout.startswith(f"{gpus} GPUs: I will check the machine, fetch")
 
@@ -331,7 +327,7 @@ def test_run_sh_with_gpus_checks_fetches_and_launches(tmp_path, gpus, nproc):
 def test_run_sh_never_falls_back_to_the_cpu_on_a_node_with_gpus(tmp_path):
     fake_nvidia_smi(tmp_path / "bin", "GPU 0: NVIDIA H100 80GB HBM3")
     done = run_with_fake_python(tmp_path, 0, CUDA_VISIBLE_DEVICES="0")
-    assert [line for line in done.stdout.splitlines() if line.startswith("RUN")] == [f"{LOOK} medium"]
+    assert said(done) == [f"{LOOK} medium"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a torch that sees no GPU")
@@ -340,14 +336,13 @@ def test_run_sh_takes_the_cpu_where_gpus_are_hidden(tmp_path, setting, preset):
     """With shards that neither preset can use, so that nothing is trained."""
     fake_nvidia_smi(tmp_path / "bin", "NVIDIA H100 80GB HBM3, 81559, 81000, 580.95.05, 9.0")
     (tmp_path / "mine_train_000001.bin").touch()
-    done = subprocess.run(["bash", ROOT / "run.sh"], text=True, capture_output=True, env=environment(
-        CUDA_VISIBLE_DEVICES=setting, DATA_PATH=str(tmp_path),
-        PATH=f"{tmp_path / 'bin'}:{os.path.dirname(sys.executable)}:{os.environ['PATH']}"))
+    done = run_sh(CUDA_VISIBLE_DEVICES=setting, DATA_PATH=str(tmp_path),
+                  PATH=f"{tmp_path / 'bin'}:{os.path.dirname(sys.executable)}:{os.environ['PATH']}")
     assert done.returncode == 1 and f"checking this machine for the preset {preset}" in done.stdout
 
 
 def test_run_sh_takes_other_shards_as_they_are(tmp_path):
     (tmp_path / "synthetic_train_000001.bin").touch()
     done = run_with_fake_python(tmp_path, 8, "short", DATA_PATH=str(tmp_path))
-    said = [line for line in done.stdout.splitlines() if line.startswith("RUN")]
-    assert said[0] == f"{LOOK} short" and len(said) == 2 and said[1].endswith("train_gpt_medium.py short")
+    look, train = said(done)
+    assert look == f"{LOOK} short" and train.endswith("train_gpt_medium.py short")

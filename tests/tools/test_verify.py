@@ -93,9 +93,9 @@ def test_shards_of_another_tokenizer_behind_a_published_header(tmp_path):
 # ---- hashes and the manifest
 
 def note(folder, names):
-    fetch.write_manifest(folder, {
-        name: fetch.make_entry(folder / name, 0, hashlib.sha256((folder / name).read_bytes()).hexdigest(), None)
-        for name in names})
+    fetch.write_manifest(folder, {name: {
+        "bytes": (folder / name).stat().st_size, "mtime_ns": (folder / name).stat().st_mtime_ns,
+        "sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest()} for name in names})
 
 
 def test_hashes_come_from_the_manifest_while_it_holds(tmp_path, monkeypatch):
