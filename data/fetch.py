@@ -17,12 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from generate import SHARD_TOKENS, VAL_TOKENS
 from shard_format import PUBLISHED_DOC_ID, PUBLISHED_VOCAB_SIZE, Damage, ShardError, read_header
 
 DATASET = "kjj0/fineweb10B-gpt2"
 NUM_PUBLISHED = 103  # training shards
-SHARD_TOKENS = 100_000_000
-MIN_VAL_TOKENS = 10_485_760 + 1  # those that validate, and the last target
 NUM_THREADS = 4  # files at once; untuned
 MAX_TRIES = 5  # of a file whose transfer breaks or that comes damaged
 MEND_SETTINGS = "correct the environment's HF_ variables, or the token that is stored"
@@ -73,8 +72,8 @@ def check_published(path):
     num_tokens, vocab_size, doc_id = read_header(path)
     if (vocab_size, doc_id) != (PUBLISHED_VOCAB_SIZE, PUBLISHED_DOC_ID):
         raise Damage(f"its header names a vocabulary of {vocab_size:,} with document id {doc_id:,}")
-    if num_tokens != SHARD_TOKENS if "_train_" in path.name else num_tokens < MIN_VAL_TOKENS:
-        raise Damage(f"it holds {num_tokens:,} tokens; training needs {SHARD_TOKENS:,}, validation {MIN_VAL_TOKENS:,}")
+    if num_tokens != SHARD_TOKENS if "_train_" in path.name else num_tokens < VAL_TOKENS:
+        raise Damage(f"it holds {num_tokens:,} tokens; training needs {SHARD_TOKENS:,}, validation {VAL_TOKENS:,}")
     return num_tokens
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shard_format import ShardError, check_count, write_and_report
+from shard_format import PUBLISHED_DOC_ID, PUBLISHED_VOCAB_SIZE, ShardError, check_count, write_and_report
 
 # Byte-level text: 256 byte values, then the id that opens a document.
 BYTE_DOC_ID = 256
@@ -19,15 +19,14 @@ MIN_VAL_TOKENS = 65_536 + 1
 # Test folders hold fixtures, some broken on purpose; installed packages would make the text differ between machines.
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
-# Synthetic tokens: GPT-2's vocabulary, whose last id opens a document.
-GPT2_DOC_ID = 50_256
+# Synthetic tokens, of the published shards' vocabulary, whose last id opens a document.
 PIECE_TOKENS = 2**20  # bounds memory; the tokens do not depend on it
 LENGTHS_AT_ONCE = 8192
 # Sized for the trainer's short preset: the least shards whose whole batches cover its steps.
 BATCH_TOKENS, SHORT_STEPS = 524_288, 300
 SHARD_TOKENS = 100_000_000
 NUM_SHARDS = -(-SHORT_STEPS // ((SHARD_TOKENS - 1) // BATCH_TOKENS))
-VAL_TOKENS = 20 * BATCH_TOKENS + 1
+VAL_TOKENS = 20 * BATCH_TOKENS + 1  # those that validate, and the last target
 
 
 # ---- text: the documentation that every Python carries
@@ -86,15 +85,10 @@ def text_documents():
     return documents
 
 
-def encode(text):
-    """One document as ids: BYTE_DOC_ID, then its UTF-8 bytes; uint16 of shape (1 + bytes,)."""
-    return np.array([BYTE_DOC_ID, *text.encode("utf-8")], np.uint16)
-
-
 def make_text(folder):
     """Write text_val_000000.bin and text_train_000001.bin into `folder`; no document is in both."""
     folder.mkdir(parents=True, exist_ok=True)
-    documents = [encode(text) for text in text_documents()]
+    documents = [np.array([BYTE_DOC_ID, *text.encode("utf-8")], np.uint16) for text in text_documents()]
     ends = np.cumsum([document.size for document in documents])
     val_tokens = ends[-1] // VAL_SHARE
     if val_tokens < MIN_VAL_TOKENS:
@@ -109,8 +103,8 @@ def make_text(folder):
 # ---- synthetic: random tokens that cost a model what web text costs it
 
 def zipf_cdf():
-    """P(id <= i) where P(i) is proportional to 1 / (i + 1); float64 of shape (GPT2_DOC_ID,), ends in exactly 1."""
-    cdf = np.cumsum(1.0 / np.arange(1, GPT2_DOC_ID + 1))
+    """P(id <= i) where P(i) is proportional to 1 / (i + 1); float64 of shape (PUBLISHED_DOC_ID,), ends in exactly 1."""
+    cdf = np.cumsum(1.0 / np.arange(1, PUBLISHED_DOC_ID + 1))
     return cdf / cdf[-1]
 
 
@@ -139,7 +133,7 @@ def synthetic_pieces(num_tokens, seed, index):
         end = min(begin + PIECE_TOKENS, num_tokens)
         piece = np.searchsorted(cdf, rng.random(end - begin), side="right").astype(np.uint16)
         first, last = np.searchsorted(starts, [begin, end])
-        piece[starts[first:last] - begin] = GPT2_DOC_ID
+        piece[starts[first:last] - begin] = PUBLISHED_DOC_ID
         yield piece
 
 
@@ -153,4 +147,4 @@ def make_synthetic(folder, num_shards, num_tokens, val_tokens, seed):
     for index in range(num_shards + 1):
         split, size = ("train", num_tokens) if index else ("val", val_tokens)
         path = folder / f"synthetic_{split}_{index:06d}.bin"
-        write_and_report(path, synthetic_pieces(size, seed, index), GPT2_DOC_ID + 1, GPT2_DOC_ID)
+        write_and_report(path, synthetic_pieces(size, seed, index), PUBLISHED_VOCAB_SIZE, PUBLISHED_DOC_ID)

@@ -17,8 +17,8 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 
-from generate import BYTE_DOC_ID, GPT2_DOC_ID, SHARD_TOKENS, VAL_SHARE, VAL_TOKENS
-from shard_format import MIN_TOKENS, ShardError, check_count, write_shard
+from generate import BYTE_DOC_ID, SHARD_TOKENS, VAL_SHARE, VAL_TOKENS
+from shard_format import MIN_TOKENS, PUBLISHED_DOC_ID, ShardError, check_count, write_shard
 
 PART_CHARS, TEXTS_AT_ONCE = 2**18, 64  # of a .txt, and to be encoded by threads; they bound memory, untuned
 # Where a long .txt may be divided: before a blank that ends a word. GPT-2's BPE never joins the two sides of it, so
@@ -113,15 +113,12 @@ def read_texts(paths, field, bar):
             raise ShardError(f"{path} cannot be read ({error}); mend it, make it UTF-8 or leave it out") from error
 
 
-def encode_bytes(texts):
-    """UTF-8 bytes as uint16 ids."""
-    return [np.frombuffer(text.encode(), np.uint8).astype(np.uint16) for text in texts]
-
-
 def choose_tokenizer(wanted):
     """The Tokenizer for `wanted`: "bytes", "gpt2", or "auto", which is gpt2 where possible. Raises ShardError."""
+    utf8 = Tokenizer("bytes", BYTE_DOC_ID, lambda texts: [
+        np.frombuffer(text.encode(), np.uint8).astype(np.uint16) for text in texts], "as asked")
     if wanted == "bytes":
-        return Tokenizer("bytes", BYTE_DOC_ID, encode_bytes, "as asked")
+        return utf8
     try:
         import tiktoken
         encoding = tiktoken.get_encoding("gpt2")
@@ -129,8 +126,8 @@ def choose_tokenizer(wanted):
         why = f"no GPT-2 vocabulary ({type(error).__name__}): pip install tiktoken and run this once with a network"
         if wanted == "gpt2":
             raise ShardError(f"{why}, or use --tokenizer bytes") from error
-        return Tokenizer("bytes", BYTE_DOC_ID, encode_bytes, why)
-    return Tokenizer("gpt2", GPT2_DOC_ID, lambda texts: [
+        return utf8._replace(why=why)
+    return Tokenizer("gpt2", PUBLISHED_DOC_ID, lambda texts: [
         np.array(ids, np.uint16) for ids in encoding.encode_ordinary_batch(texts)], "tiktoken has its vocabulary")
 
 
@@ -202,11 +199,6 @@ def make_own_text(inputs, folder, field, wanted, shard_tokens, val_tokens):
         refuse_other_shards(folder)  # that another run has put there in the meantime
         for path in reversed(sizes):  # validation last: before it, the trainer does not take the set for one
             os.replace(path, folder / path.name)
-    report(folder, sizes, tokenizer, counts)
-
-
-def report(folder, sizes, tokenizer, counts):
-    """Say on stdout what was made and how to train on it."""
     (val, val_tokens), *train = [(path.name, size) for path, size in sizes.items()]
     preset, note = {"bytes": ("tiny", ""), "gpt2": ("short", "  (or medium)")}[tokenizer.name]
     print(f"documents:  {counts['documents']:,}, and {counts['empty']:,} empty ones skipped")

@@ -34,7 +34,9 @@ def write_shard(path, tokens, vocab_size, doc_id):
         with open(temporary, "wb") as file:
             file.seek(4 * HEADER_INTS)  # the count is known only after the last piece
             for piece in pieces:
-                check_ids(path.name, piece, vocab_size)
+                if piece.size and not 0 <= piece.min() <= piece.max() < vocab_size:
+                    raise ShardError(f"{path.name} cannot hold ids {piece.min()} to {piece.max()}; "
+                                     f"keep them within 0 to {vocab_size - 1}")
                 # Not ndarray.tofile: its error on a full disk does not say that the disk is full.
                 file.write(np.ascontiguousarray(piece, "<u2"))
                 num_tokens += piece.size
@@ -49,12 +51,6 @@ def write_shard(path, tokens, vocab_size, doc_id):
         temporary.unlink(missing_ok=True)
         raise
     return num_tokens, num_documents
-
-
-def check_ids(name, ids, vocab_size):
-    """Raise ShardError unless every id of the array is one of the shard's vocabulary."""
-    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
-        raise ShardError(f"{name} cannot hold ids {ids.min()} to {ids.max()}; keep them within 0 to {vocab_size - 1}")
 
 
 def check_count(name, num_tokens):

@@ -20,7 +20,7 @@ from helpers import ROOT
 DATA = ROOT / "data"
 constants = fetch.load_hub().constants
 SHARD_TOKENS, VAL_TOKENS, CHUNK_BYTES = 100_000, 70_000, 4096
-SMALL = {"SHARD_TOKENS": SHARD_TOKENS, "MIN_VAL_TOKENS": VAL_TOKENS}
+SMALL = {"SHARD_TOKENS": SHARD_TOKENS, "VAL_TOKENS": VAL_TOKENS}
 VAL, ONE, TWO = "fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"
 # The command with small shards, as a process of its own.
 CHILD = f"""

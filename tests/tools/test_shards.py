@@ -100,30 +100,21 @@ def text_folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def text_split(text_folder):
-    """{"val": documents, "train": documents}, each document as bytes."""
-    names = {"val": "text_val_000000.bin", "train": "text_train_000001.bin"}
-    assert sorted(os.listdir(text_folder)) == sorted(names.values())
-    documents = {}
-    for key, name in names.items():
-        header, ids = read(text_folder / name)
-        assert header == (20240520, 1, ids.size, 257, 256) + (0,) * 251
-        assert ids.max() == 256
-        documents[key] = [document.astype(np.uint8).tobytes() for document in split(ids, 256)]
-    return documents
-
-
-def test_text_is_the_documents_split_where_validation_has_a_tenth(text_split):
-    val, train = (sum(1 + len(document) for document in text_split[key]) for key in ("val", "train"))
-    assert val >= 65_537 and train >= 1_000_000
-    longest = max(len(document) for document in text_split["val"])
-    assert (val + train) // 10 <= val <= (val + train) // 10 + 1 + longest
-    documents = text_split["val"] + text_split["train"]
-    assert [document.decode("utf-8") for document in documents] == generate.text_documents()
-    assert len(set(documents)) == len(documents)
+def test_text_is_the_documents_split_where_validation_has_a_tenth(text_folder):
+    names = ["text_val_000000.bin", "text_train_000001.bin"]
+    assert sorted(os.listdir(text_folder)) == sorted(names)
+    found, sizes = [], []
+    for header, ids in (read(text_folder / name) for name in names):
+        assert header == (20240520, 1, ids.size, 257, 256) + (0,) * 251 and ids.max() == 256
+        found.append([document.astype(np.uint8).tobytes() for document in split(ids, 256)])
+        sizes.append(ids.size)
+    val, train = found
+    assert sizes[0] >= 65_537 and sizes[1] >= 1_000_000
+    assert sum(sizes) // 10 <= sizes[0] <= sum(sizes) // 10 + 1 + max(map(len, val))
+    assert [document.decode("utf-8") for document in val + train] == generate.text_documents()
+    assert len(set(val + train)) == len(val + train)
     # Nor does a whole long paragraph of one document make up another document.
-    assert not set(text_split["val"]) & {part for document in text_split["train"] for part in document.split(b"\n\n")}
+    assert not set(val) & {part for document in train for part in document.split(b"\n\n")}
 
 
 def test_text_is_the_same_in_another_process(text_folder, tmp_path):
@@ -245,10 +236,10 @@ def test_defaults_carry_the_short_preset():
 # ---- what the user reads
 
 @pytest.mark.parametrize("command", ["text", "synthetic"])
-def test_a_file_in_the_folders_place(tmp_path, command):
+@pytest.mark.parametrize("name", ["file", "file/in"])
+def test_a_file_in_the_folders_place(tmp_path, command, name):
     (tmp_path / "file").write_text("")
-    assert_one_sentence(run(command, tmp_path / "file"), tmp_path / "file", "name another folder")
-    assert_one_sentence(run(command, tmp_path / "file" / "in"), tmp_path / "file" / "in", "name another folder")
+    assert_one_sentence(run(command, tmp_path / name), tmp_path / name, "name another folder")
 
 
 def test_a_folder_in_the_shards_place(tmp_path):
