@@ -80,13 +80,8 @@ set_up_python() {
     echo "$PWD/.venv/bin/python"
 }
 
-# True if nvidia-smi shows GPUs that CUDA_VISIBLE_DEVICES does not hide.
-sees_gpus() {
-    PYTHONPATH=data/preflight "$1" -c 'import preflight, sys; sys.exit(not preflight.list_gpus())' >/dev/null 2>&1
-}
-
 train_on_cpu() {
-    local python=$1 preset=$2 data=${DATA_PATH:-data/text} output log first last shards
+    local python=$1 preset=$2 data=${DATA_PATH:-data/text} output losses shards
     shards=$(ls "$data"/*_train_*.bin 2>/dev/null || true)
     if [ -n "$shards" ]; then
         echo "I will train the preset $preset on the shards in $data:"
@@ -98,13 +93,11 @@ train_on_cpu() {
     output=$(mktemp)
     trap "rm -f '$output'" EXIT
     "$python" "$script" "$preset" | tee "$output"
-    log=$(sed -n 's/^preset .*, log //p' "$output")
-    first=$(sed -n 's/.*val_loss:\([0-9.]*\) .*/\1/p' "$output" | head -n 1)
-    last=$(sed -n 's/.*val_loss:\([0-9.]*\) .*/\1/p' "$output" | tail -n 1)
+    losses=($(sed -n 's/.*val_loss:\([0-9.]*\) .*/\1/p' "$output"))
     cat <<TEXT
 
-Trained the $preset model on $data: validation loss $first before, $last after (nats per byte).
-Log, with the full source and every constant: $log
+Trained the $preset model on $data: validation loss ${losses[0]} before, ${losses[-1]} after (nats per byte).
+Log, with the full source and every constant: $(sed -n 's/^preset .*, log //p' "$output")
 On 8xH100, ./run.sh trains the record instead: 5,535 steps of FineWeb to a loss of 2.92 (published: 23 minutes).
 TEXT
 }
@@ -138,7 +131,8 @@ case "${1:-}" in
             die "'$1' is not a preset of $script: choose one of $(cut -f 1 <<<"$presets" | paste -sd ' ')."
         gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
         on_cpu=$(grep -x -- "${1:-}"$'\t'cpu <<<"$presets" || true)
-        if [ "$gpus" = 0 ] && [ ! "$on_cpu" ] && sees_gpus "$python"; then
+        if [ "$gpus" = 0 ] && [ ! "$on_cpu" ] && PYTHONPATH=data/preflight "$python" -c \
+            'import preflight, sys; sys.exit(not preflight.list_gpus())' >/dev/null 2>&1; then
             echo "nvidia-smi sees GPUs that torch does not:"
             "$python" data/preflight/preflight.py "${1:-medium}"
         elif [ "$on_cpu" ] || { [ "$gpus" = 0 ] && [ -z "${1:-}" ]; }; then

@@ -42,8 +42,6 @@ def load_trainer():
     except Exception as error:  # its constants are made to be edited
         name = Path(os.environ.get("TRAIN_SCRIPT") or "train_gpt_medium.py").name
         raise ShardError(f"the trainer's presets cannot be read ({error}); mend {name}") from error
-    finally:
-        sys.path.remove(str(ROOT / "data" / "preflight"))
 
 
 def count_shards(preset):

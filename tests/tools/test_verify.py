@@ -2,7 +2,6 @@
 import hashlib
 import json
 import os
-import subprocess
 import sys
 
 import numpy as np
@@ -10,10 +9,10 @@ import pytest
 
 import fetch
 import helpers
+import shards
 import verify
 from shard_format import ShardError, write_shard
 
-TOOL = helpers.ROOT / "data" / "shards.py"
 BATCH = 524_288
 
 
@@ -42,8 +41,13 @@ def rows_of(folder):
     return {row["name"]: row for row in verify.examine(folder)["shards"]}
 
 
-def run(*args):
-    return subprocess.run([sys.executable, TOOL, "verify", *map(str, args)], capture_output=True, text=True, timeout=60)
+def run(capsys, *args):
+    """(exit status or last sentence, stdout) of the command, which is silent on stderr: the bar is for terminals."""
+    with pytest.raises(SystemExit) as caught:
+        shards.main(["verify", *map(str, args)])
+    said = capsys.readouterr()
+    assert not said.err
+    return caught.value.code, said.out
 
 
 def flip(path, offset):
@@ -81,13 +85,12 @@ def test_shards_with_a_published_header(tmp_path):
     assert (row["min_id"], row["max_id"], row["problem"]) == (0, 50256, None)
 
 
-def test_shards_of_another_tokenizer_behind_a_published_header(tmp_path):
+def test_shards_of_another_tokenizer_behind_a_published_header(tmp_path, capsys):
     """No id opens a document: the field is empty, so nothing else says whose ids these are."""
     for name in ("fineweb_val_000000.bin", "fineweb_train_000001.bin"):
         helpers.write_shard(tmp_path / name, range(1024), 0, 0)
-    done = run(tmp_path)
-    assert done.returncode == 1
-    assert done.stdout.count("PROBLEM: fineweb_") == done.stdout.count(" holds no document id 50256") == 2
+    status, out = run(capsys, tmp_path)
+    assert status == 1 and out.count("PROBLEM: fineweb_") == out.count(" holds no document id 50256") == 2
 
 
 # ---- hashes and the manifest
@@ -131,11 +134,9 @@ def test_content_other_than_the_manifests_is_damage(tmp_path):
 def test_damage_is_named_with_the_way_out(tmp_path, capsys, spoil, word):
     names = list(make_set(tmp_path))
     spoil(tmp_path / names[1])
-    with pytest.raises(SystemExit) as caught:
-        verify.verify(tmp_path)
-    out = capsys.readouterr().out
+    status, out = run(capsys, tmp_path)
     problems = [line for line in out.splitlines() if line.startswith("PROBLEM")]
-    assert caught.value.code == 1
+    assert status == 1
     assert len(problems) == 1 and names[1] in problems[0] and word in problems[0] and "make it again" in problems[0]
     assert out.count("DAMAGED") == 1 and out.count(" ok ") == 2
 
@@ -206,43 +207,38 @@ def test_without_torch_all_else_is_said(tmp_path, monkeypatch, capsys):
     make_set(tmp_path)
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.delitem(sys.modules, "train_gpt_medium", raising=False)
-    with pytest.raises(SystemExit) as caught:
-        verify.verify(tmp_path)
-    assert caught.value.code == 0
-    out = capsys.readouterr().out
-    assert "torch is not installed" in out and "own_train_000002.bin" in out
+    status, out = run(capsys, tmp_path)
+    assert status == 0 and "torch is not installed" in out and "own_train_000002.bin" in out
 
 
 # ---- the command
 
-def test_the_table(tmp_path):
+def test_the_table(tmp_path, capsys):
     ids = make_set(tmp_path)["own_train_000001.bin"]
-    result = run(tmp_path)
-    assert result.returncode == 0 and not result.stderr  # the bar is for terminals
-    lines = result.stdout.splitlines()
-    assert "training: 90,000 tokens" in result.stdout
+    status, out = run(capsys, tmp_path)
+    assert status == 0 and "training: 90,000 tokens" in out
     documents, smallest, largest = plain_count(ids, 299)
     sha256 = hashlib.sha256((tmp_path / "own_train_000001.bin").read_bytes()).hexdigest()
-    assert lines[1].split()[1:] == ["ok", "50,000", str(documents), str(smallest), f"{largest:,}", "0-299", sha256[:12]]
+    assert out.splitlines()[1].split()[1:] == [
+        "ok", "50,000", str(documents), str(smallest), f"{largest:,}", "0-299", sha256[:12]]
 
 
-def test_json(tmp_path):
+def test_json(tmp_path, capsys):
     names = list(make_set(tmp_path))
     before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()}
-    result = run(tmp_path, "--json")
-    report = json.loads(result.stdout)
-    assert result.returncode == 0 and not result.stderr and report["problems"] == []
+    status, out = run(capsys, tmp_path, "--json")
+    report = json.loads(out)
+    assert status == 0 and report["problems"] == []
     assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()} == before
     assert sorted(row["name"] for row in report["shards"]) == sorted(names)
     assert report["train"]["tokens"] == 90_000 and report["val"]["shards"] == 1
     assert report["bytes"] == sum((tmp_path / name).stat().st_size for name in names)
     flip(tmp_path / names[0], 0)
-    result = run(tmp_path, "--json")
-    assert result.returncode == 1 and names[0] in json.loads(result.stdout)["problems"][0]
+    status, out = run(capsys, tmp_path, "--json")
+    assert status == 1 and names[0] in json.loads(out)["problems"][0]
 
 
 @pytest.mark.parametrize("name", ["", "nowhere"])
-def test_no_shards(tmp_path, name):
-    result = run(tmp_path / name)
-    assert result.returncode == 1 and result.stderr.count("\n") == 1
-    assert "holds no shards" in result.stderr and str(tmp_path) in result.stderr
+def test_no_shards(tmp_path, capsys, name):
+    sentence, out = run(capsys, tmp_path / name)
+    assert sentence.startswith(f"shards.py: {tmp_path / name} holds no shards") and "\n" not in sentence and not out
