@@ -24,7 +24,7 @@ DATASET = "kjj0/fineweb10B-gpt2"
 NUM_PUBLISHED = 103  # training shards
 NUM_THREADS = 4  # files at once; untuned
 MAX_TRIES = 5  # of a file whose transfer breaks or that comes damaged
-MEND_SETTINGS = "correct the environment's HF_ variables, or the token that is stored"
+HUB_SETTINGS = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_ENABLE_HF_TRANSFER": "0"}
 MANIFEST, PARTIAL, LOCK = "manifest.json", ".partial", ".get.lock"
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -123,17 +123,24 @@ def examine(path, wanted):
 
 # ---- the transfer
 
+def mend_settings():
+    """The way out where a setting of the library will not do: a clause that names those that are set."""
+    names = sorted(name for name in os.environ if name.startswith(("HF_", "HUGGING_FACE_")))
+    names = [name for name in names if name not in HUB_SETTINGS]
+    return f"correct or unset {', '.join(names)}" if names else "look at the token that it has stored"
+
+
 def load_hub():
     """huggingface_hub, set for this use. Raises ShardError where it is not installed."""
     # Before the import, which reads them: these two ways of transfer do not resume.
-    os.environ.update(HF_HUB_DISABLE_XET="1", HF_HUB_ENABLE_HF_TRANSFER="0")
+    os.environ.update(HUB_SETTINGS)
     try:
         import huggingface_hub
         import huggingface_hub.constants
     except ModuleNotFoundError as error:
         raise ShardError(f"{error.name} is not installed, which fetching needs; install requirements.txt") from error
     except ValueError as error:  # it reads some of its settings as numbers
-        raise ShardError(f"huggingface_hub cannot use its settings ({error}); {MEND_SETTINGS}") from error
+        raise ShardError(f"huggingface_hub cannot use its settings ({error}); {mend_settings()}") from error
     huggingface_hub.logging.set_verbosity_error()  # its warnings on what it tries again would hide the one sentence
     return huggingface_hub
 
@@ -177,7 +184,7 @@ def download(folder, names, manifest, endpoint):
                 hub.utils.tqdm.write(f"{folder / name}: {entry['tokens']:,} tokens, {entry['bytes'] / 1e6:.1f} MB")
                 sys.stdout.flush()
     except UnicodeError as error:  # of a header, into which the token goes
-        raise ShardError(f"huggingface_hub cannot use its settings ({error}); {MEND_SETTINGS}") from error
+        raise ShardError(f"huggingface_hub cannot use its settings ({error}); {mend_settings()}") from error
     except (Damage, OSError) as error:
         if getattr(error, "errno", None) is not None:  # the disk's
             raise

@@ -15,7 +15,6 @@ import sys
 import sysconfig
 import time
 from contextlib import suppress
-from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,6 +64,15 @@ def ask_nvidia_smi(fields: str) -> str:
         raise NoAnswer(f"nvidia-smi did not answer within {SMI_LIMIT_S} s: restart the node")
 
 
+def parse_gpu(line: str) -> Gpu | None:
+    """A line of nvidia-smi's answer, with or without the capability; None if it is something else."""
+    match = re.fullmatch(r"([^,]+), ([^,]+), ([^,]+), (\d+[\d.]*)(?:, ([^,]+))?", line.strip())
+    if match is None:
+        return None
+    total, free = (int(text) if text.isdigit() else None for text in match.group(2, 3))
+    return Gpu(match[1], total, free, match[4], match[5] or "")
+
+
 def load_script():
     """The training script, whose presets for a CPU join CPU_PRESETS."""
     import memory  # with torch, which may not load
@@ -75,25 +83,26 @@ def load_script():
 
 def list_gpus() -> list[Gpu]:
     """The GPUs that nvidia-smi reports and CUDA_VISIBLE_DEVICES shows. Raises NoAnswer if it says something else."""
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shown is not None and not re.match(r"\s*(\d|GPU-|MIG-)", shown):
+        return []  # as CUDA reads it: "", -1, NoDevFiles
     fields = "name,memory.total,memory.free,driver_version"
     for asked in (f"{fields},compute_cap", fields):  # old drivers do not know the last
-        output = ask_nvidia_smi(asked).strip()
-        answers = re.findall(r"^([^,\n]+), ([^,\n]+), ([^,\n]+), (\d+[\d.]*)(?:, ([^,\n]+))?$", output, re.M)
-        if answers:
-            return visible([Gpu(name, *(int(size) if size.isdigit() else None for size in sizes), driver, capability)
-                            for name, *sizes, driver, capability in answers])
-    if output and "No devices" not in output:
-        raise NoAnswer(f"nvidia-smi does not list GPUs but says {output.splitlines()[0]!r}: mend the driver")
+        output = ask_nvidia_smi(asked)
+        if gpus := list(filter(None, map(parse_gpu, output.splitlines()))):
+            return gpus if shown is None else visible(gpus, shown)
+    if output.strip() and "No devices" not in output:
+        raise NoAnswer(f"nvidia-smi does not list GPUs but says {output.strip().splitlines()[0]!r}: mend the driver")
     return []
 
 
-def visible(gpus: list[Gpu]) -> list[Gpu]:
+def visible(gpus: list[Gpu], shown: str) -> list[Gpu]:
     """As CUDA reads the setting: up to the first part that names no GPU, and none where one is named twice."""
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if shown is None:
-        return gpus
-    names = [*takewhile(lambda name: name.startswith(("GPU-", "MIG-")) or name.isdigit() and int(name) < len(gpus),
-                        map(str.strip, shown.split(",")))]
+    names: list[str] = []
+    for name in map(str.strip, shown.split(",")):
+        if not (name.startswith(("GPU-", "MIG-")) or name.isdigit() and int(name) < len(gpus)):
+            break
+        names.append(name)
     if len(set(names)) < len(names):
         return []
     # Which of them a UUID means, and what a part of one holds, is not asked.
@@ -262,11 +271,11 @@ def check_disk(config, num_shards: int) -> list[Line]:
     return lines
 
 
-def start_rank(rank: int, started, trial, *arguments) -> None:
+def start_rank(started, trial, *arguments) -> None:
     """What a process of the trial does: says that Python and torch have started, then tries."""
     import torch.distributed  # noqa: F401
     started.release()
-    trial(rank, *arguments)
+    trial(*arguments)
 
 
 def all_reduce_rank(rank: int, size: int, port: int, on_gpu: bool) -> None:
@@ -292,27 +301,33 @@ def check_all_reduce(size: int, on_gpu: bool, limit_s: float = ALL_REDUCE_LIMIT_
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    backend, started = "nccl" if on_gpu else "gloo", mp.get_context("spawn").Semaphore(0)
-    ranks = mp.spawn(start_rank, (started, trial, size, port, on_gpu), size, join=False, daemon=True)
+    context = mp.get_context("spawn")
+    started = context.Semaphore(0)
+    ranks = [context.Process(target=start_rank, args=(started, trial, rank, size, port, on_gpu), daemon=True)
+             for rank in range(size)]
+    for process in ranks:
+        process.start()
     begin, limit, all_started = time.monotonic(), START_LIMIT_S, False
-    try:
-        while not (done := ranks.join(timeout=0.05)) and time.monotonic() - begin < limit:
-            if not all_started and started.get_value() == size:
-                begin, limit, all_started = time.monotonic(), limit_s, True
-    except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
-        print(error, file=sys.stderr)
-        return Line("error", "all-reduce", f"rank {error.error_index} of {size} failed over {backend}: "
-                                           f"its message is above")
-    hung = [rank for rank, process in enumerate(ranks.processes) if process.is_alive()]
-    for process in ranks.processes:
+    while any(process.is_alive() for process in ranks) and time.monotonic() - begin < limit:
+        if any(process.exitcode for process in ranks):
+            break
+        if not all_started and started.get_value() == size:
+            begin, limit, all_started = time.monotonic(), limit_s, True
+        time.sleep(0.05)
+    hung = [rank for rank, process in enumerate(ranks) if process.is_alive()]
+    failed = [rank for rank, process in enumerate(ranks) if process.exitcode]
+    for process in ranks:
         process.kill()
-    if done:
-        return Line("ok", "all-reduce", f"{size} ranks over {backend}")
-    if not all_started:
+    backend = "nccl" if on_gpu else "gloo"
+    if failed:
+        return Line("error", "all-reduce", f"rank {failed[0]} of {size} failed over {backend}: its message is above")
+    if hung and not all_started:
         return Line("error", "all-reduce", f"Python and torch took longer than {START_LIMIT_S} s to start in {size} "
                                            f"ranks: try again, or put the environment on a faster disk")
-    return Line("error", "all-reduce", f"ranks {hung} of {size} hung over {backend} for {limit_s:.0f} s: look with "
-                                       f"NCCL_DEBUG=INFO; if GPUs cannot reach each other, take another node")
+    if hung:
+        return Line("error", "all-reduce", f"ranks {hung} of {size} hung over {backend} for {limit_s:.0f} s: look with "
+                                           f"NCCL_DEBUG=INFO; if GPUs cannot reach each other, take another node")
+    return Line("ok", "all-reduce", f"{size} ranks over {backend}")
 
 
 def check_duration(gpus: list[Gpu], config) -> Line:

@@ -32,20 +32,16 @@ def fake_nvidia_smi(folder, *lines: str) -> None:
 
 @pytest.mark.parametrize("setting, number", [
     (None, 5), ("0,2", 2), ("", 0), ("-1", 0), ("NoDevFiles", 0), ("none", 0), ("0,-1,1", 1), ("1, 2", 2), ("0,7,1", 1),
-    ("0,0", 0)])
+    ("0,0", 0), ("GPU-0a1b2c3d", 1), ("GPU-0a,GPU-1b", 2), ("MIG-0a1b", 1)])
 def test_gpus_are_those_that_cuda_would_show(tmp_path, monkeypatch, setting, number):
+    """Which one a UUID means, and so how much memory it has, is not asked."""
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if setting is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
     fake_nvidia_smi(tmp_path, *["NVIDIA H100 80GB HBM3, 81559, 81000, 580.95.05, 9.0"] * 5)
-    assert preflight.list_gpus() == [H100] * number
-
-
-@pytest.mark.parametrize("setting, number", [("GPU-0a1b2c3d", 1), ("GPU-0a,GPU-1b", 2), ("MIG-0a1b", 1)])
-def test_what_a_uuid_names_holds_an_unknown_memory(monkeypatch, setting, number):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
-    assert preflight.visible([H100] * 5) == [H100._replace(total_mib=None, free_mib=None)] * number
+    by_uuid = (setting or "").startswith(("GPU-", "MIG-"))
+    assert preflight.list_gpus() == [H100._replace(total_mib=None, free_mib=None) if by_uuid else H100] * number
 
 
 def test_nvidia_smi_that_tells_less(tmp_path, monkeypatch):
@@ -270,7 +266,7 @@ def test_all_reduce_line_when_a_rank_hangs(monkeypatch):
     def seconds() -> float:
         return next(clock) if len(set(multiprocessing.active_children()) - others) == 1 else 0.0
 
-    monkeypatch.setattr(preflight, "time", SimpleNamespace(monotonic=seconds))
+    monkeypatch.setattr(preflight, "time", SimpleNamespace(monotonic=seconds, sleep=time.sleep))
     line = preflight.check_all_reduce(2, False, limit_s=8, trial=hang)
     assert line.status == "error" and "ranks [0] of 2 hung" in line.text and "for 8 s" in line.text
 
@@ -319,8 +315,9 @@ def said(done: subprocess.CompletedProcess) -> list[str]:
 def test_run_sh_with_gpus_checks_fetches_and_launches(tmp_path, gpus, nproc):
     folder = str(tmp_path / "fineweb")
     done = run_with_fake_python(tmp_path, gpus, DATA_PATH=folder)
-    assert said(done) == [f"{LOOK} medium", f"RUN data/shards.py get {folder} --preset medium",
-                    f"RUN -m torch.distributed.run --standalone --nproc_per_node={nproc} train_gpt_medium.py medium"]
+    assert said(done) == [
+        f"{LOOK} medium", f"RUN data/shards.py get {folder} --preset medium",
+        f"RUN -m torch.distributed.run --standalone --nproc_per_node={nproc} train_gpt_medium.py medium"]
     assert done.stdout.startswith(f"{gpus} GPUs: I will check the machine, fetch")
 
 
