@@ -25,11 +25,6 @@ class Interval:
     high: float
     p: float
 
-    def format(self, spec: str, unit: str = "") -> str:
-        value = signed(self.value, spec) + unit
-        return value if math.isnan(self.low) else (
-            f"{value} [{signed(self.low, spec)}, {signed(self.high, spec)}], p = {format_p(self.p)}")
-
 
 @dataclass(frozen=True)
 class TargetTest:

@@ -9,7 +9,7 @@ import numpy as np
 
 import check
 import compare
-from inference import Interval, format_p, plus_minus, std
+from inference import format_p, plus_minus, std
 from report import claims_of_difference, page_of
 from run_log import RUN_ID, RecordError, Run, find_logs, read_log, read_text
 from tables import format_markdown, write_text
@@ -102,16 +102,11 @@ def write_readme(folder: Path, title: str, what: str, figures: list[Path]) -> No
 
 def describe_baseline(baseline: list[Run], r: dict) -> str:
     """The baseline's runs and what `compare` says: r."""
-    rows = [["loss (nats/token)", Interval(**r["loss_difference"]).format("+.6f")],
-            *([["steps at equal loss", Interval(**r["steps_at_equal_loss"]["difference"]).format("+.1f")]]
-              if "steps_at_equal_loss" in r else []),
-            ["train time (s)", Interval(**r["seconds_difference"]).format("+.3f")],
-            *([f"of which {compare.PARTS[name]} (s)", Interval(**part).format("+.3f")]
-              for name, part in r.get("decomposition", {}).items())]
     loss, seconds = figures_of(baseline)
+    differences = compare.difference_table(r)
     return (f"## Baseline\n\nMean loss {loss} nats/token, mean train time {seconds} s; {baseline[0].num_iterations:,} "
             f"steps, torch {one_of(baseline, 'torch')}, {one_of(baseline, 'hardware')}.\n\n{runs_table(baseline)}\n\n"
-            f"{format_markdown(['record minus baseline', compare.basis(r)], rows)}")
+            f"Record minus baseline, {compare.basis(r)}:\n\n{format_markdown(differences.header, differences.rows)}")
 
 
 def leaderboard(records: Path) -> str:

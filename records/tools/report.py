@@ -18,9 +18,9 @@ import numpy as np
 import check
 import compare
 from curves import Curve, Side, mean_curve, read_curve, side_of
-from inference import ALPHA, CONFIDENCE, TARGET, Interval, against_target, format_p, mean_interval, signed, std
+from inference import ALPHA, CONFIDENCE, TARGET, Interval, against_target, format_p, mean_interval
 from run_log import LOG_SUFFIX, RecordError, Run, read_log
-from tables import format_json, write_text
+from tables import Table, format_json, write_text
 
 PARTS = Path(__file__).resolve().parent / "report"
 POINTS_OF_ALL = 24_000  # of one series by step, over all runs: so many that 52 runs stay well below 1 MB
@@ -158,65 +158,9 @@ def claims_of(groups: list[Group], judged: Group | None, r: dict | None, has_sid
 # ----------------------------------------------------------------------------------------------------------------------
 # Tables
 
-def table(caption: str, header: list[str], rows: list[list[str]], is_quoted: bool = False) -> dict:
-    """is_quoted: the cells are the logs' own words, which stay as they are."""
-    cells = rows if is_quoted else [[typeset(cell) for cell in row] for row in rows]
-    return {"caption": typeset(caption), "header": [typeset(cell) for cell in header], "rows": cells}
-
-
-def or_blank(value: float, spec: str) -> str:
-    return format(value, spec) if math.isfinite(value) else ""
-
-
-def sides_table(groups: list[Group]) -> dict:
-    rows = []
-    for group in (group for group in groups if group.side):
-        losses, seconds, steps = group.side.losses, group.side.seconds, group.side.num_iterations
-        low, high = mean_interval(losses)
-        rows.append([group.label, str(len(losses)), f"{steps:,}", f"{np.mean(losses):.6f}",
-                     or_blank(std(losses), ".6f"), f"{low:.6f} to {high:.6f}" if math.isfinite(low) else "",
-                     or_blank(np.mean(seconds), ".3f"), or_blank(std(seconds), ".3f"),
-                     or_blank(1000 * np.mean(seconds) / max(steps, 1), ".2f")])
-    return table("Runs that finished", ["", "n", "steps", "mean loss", "std", f"{CONFIDENCE:.0%} interval",
-                                        "mean time (s)", "std", "ms/step"], rows)
-
-
-def difference_table(r: dict) -> dict:
-    rows = [("final loss (nats/token)", r["loss_difference"], "+.6f"),
-            *([("the same, paired by seed (Student)", r["loss_difference_paired_by_seed"], "+.6f")]
-              if "loss_difference_paired_by_seed" in r else []),
-            ("training time (s)", r["seconds_difference"], "+.3f"),
-            *((f"of which {compare.PARTS[name]} (s)", part, "+.3f")
-              for name, part in r.get("decomposition", {}).items())]
-    if "steps_at_equal_loss" in r:
-        rows.append(("steps at equal loss", r["steps_at_equal_loss"]["difference"], "+.1f"))
-    return table(f"B - A, {compare.basis(r)}", ["", "difference", f"{CONFIDENCE:.0%} interval", "p"], [
-        [name, signed(i["value"], spec), *([f"{i['low']:{spec}} to {i['high']:{spec}}", format_p(i["p"])]
-                                           if math.isfinite(i["low"]) else ["", ""])]
-        for name, i, spec in rows if math.isfinite(i["value"])])
-
-
-def equal_tables(r: dict) -> list[dict]:
-    """Loss at equal step, time and tokens."""
-    names = {"step": ("step", ",d"), "time": ("seconds", ",.1f"), "tokens": ("tokens", ",.0f")}
-    found = ((key, *names[key], rows) for key, rows in r.get("loss_at_equal", {}).items() if rows)
-    return [table(f"Loss at equal {key}", [name, "A", "B", "B - A"], [
-        [format(row[name], spec), f"{row['loss_a']:.6f}", f"{row['loss_b']:.6f}",
-         f"{row['loss_b'] - row['loss_a']:+.6f}"] for row in rows]) for key, name, spec, rows in found]
-
-
-def step_time_table(r: dict, labels: list[str]) -> dict | None:
-    """ms per step by window, or by share of the run where logs do not state it; for one side, its own columns alone."""
-    for key, title, names in (("window", "at equal window and batch", ["tokens of a batch", "window (blocks)"]),
-                              ("share", "at equal share of the run: the logs do not state windows", ["share"])):
-        rows, sides, both = r.get(f"ms_per_step_at_equal_{key}"), "ab"[:len(labels)], len(labels) > 1
-        if rows:
-            header = [*names, *(f"{what} {label}".strip() for what in ("steps", "ms/step") for label in labels)]
-            return table(f"ms/step {title}", header + ["B - A"] * both, [
-                [*compare.name_row(row), *(f"{row[f'steps_{side}']:,}" for side in sides),
-                 *(or_blank(row[f"ms_{side}"], ".2f") for side in sides),
-                 *[or_blank(row["ms_b"] - row["ms_a"], "+.2f")] * both] for row in rows])
-    return None
+def as_page(table: Table) -> dict:
+    cells = table.rows if table.is_quoted else [[typeset(cell) for cell in row] for row in table.rows]
+    return {"caption": typeset(table.caption), "header": [typeset(cell) for cell in table.header], "rows": cells}
 
 
 def values_of(runs: list[Run], value) -> str:
@@ -234,12 +178,12 @@ def places_of(groups: list[Group], folder: check.Folder | None) -> str:
                     for group, found in zip(groups, places))
 
 
-def machine_table(groups: list[Group]) -> dict:
+def machine_table(groups: list[Group]) -> Table:
     rows = [[name, *(values_of(group.runs, lambda run: getattr(run.environment, attribute) or "not stated")
                      for group in groups)] for name, attribute in MACHINE.items()]
     rows.append(["peak memory (MiB)", *(values_of(group.runs, lambda run: run.peak_memory_mib or "not stated")
                                         for group in groups)])
-    return table("Hardware and versions", ["", *(group.label for group in groups)], rows, is_quoted=True)
+    return Table("Hardware and versions", ["", *(group.label for group in groups)], rows, is_quoted=True)
 
 
 def rows_of(name: str, value: str) -> dict[str, str]:
@@ -257,7 +201,7 @@ def rows_of(name: str, value: str) -> dict[str, str]:
     return {f"{name}[{key}]": ast.get_source_segment(value, row) for key, row in zip(keys, tree.elts)}
 
 
-def constants_tables(groups: list[Group]) -> list[dict]:
+def constants_tables(groups: list[Group]) -> list[Table]:
     """Constants that differ between or within groups, then those that all runs share; the seed is each run's own."""
     constants = [[dict(chain(*(rows_of(*item).items() for item in run.constants.items()))) for run in group.runs]
                  for group in groups]
@@ -265,9 +209,9 @@ def constants_tables(groups: list[Group]) -> list[dict]:
     names.pop("drawn seed", None)
     rows = [[name, *(values_of(runs, lambda run: run.get(name, "not stated")) for runs in constants)] for name in names]
     shared = [row for row in rows if len({run.get(row[0]) for run in chain(*constants)}) == 1]
-    return [table("Constants that differ", ["constant", *(group.label for group in groups)],
+    return [Table("Constants that differ", ["constant", *(group.label for group in groups)],
                   [row for row in rows if row not in shared], is_quoted=True),
-            table("Constants that all runs share", ["constant", "value"], [row[:2] for row in shared], is_quoted=True)]
+            Table("Constants that all runs share", ["constant", "value"], [row[:2] for row in shared], is_quoted=True)]
 
 
 def source_difference(a: Group, b: Group) -> dict:
@@ -285,11 +229,12 @@ def source_difference(a: Group, b: Group) -> dict:
 def check_section(folder: check.Folder, findings: list[check.Finding]) -> dict:
     rows = [[f.rule.severity, f.rule.id, message, f.rule.why] for f in findings if f.status == "broken"
             for message in f.messages]
+    table = Table("Rules that are broken", ["severity", "rule", "found", "why"], rows, is_quoted=True)
     kept = {words: [f.rule.id for f in findings if f.status == status]
             for status, words in (("ok", "Kept"), ("not applicable", "Not applicable"))}
     return {"verdict": check.verdict_of(folder, findings),
             "kept": " ".join(f"{words}: {', '.join(ids)}." for words, ids in kept.items() if ids),
-            "table": table("Rules that are broken", ["severity", "rule", "found", "why"], rows, is_quoted=True)}
+            "table": as_page(table)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -367,12 +312,12 @@ def describe_group(group: Group, points: int) -> dict:
             "final": {"mean": float(np.mean(losses)), "low": low, "high": high} if losses else None}
 
 
-def runs_table(groups: list[Group], described: list[dict]) -> dict:
+def runs_table(groups: list[Group], described: list[dict]) -> Table:
     rows = [[group.label, run["name"], log.constants.get("drawn seed", ""),
              "finished" if log.finished else f"step {log.last_step:,} of {log.num_iterations:,}",
-             *([f"{log.final_loss:.6f}", or_blank(log.train_seconds, ".3f")] if log.validations else ["", ""])]
+             *([f"{log.final_loss:.6f}", compare.or_blank(log.train_seconds, ".3f")] if log.validations else ["", ""])]
             for group, of_group in zip(groups, described) for log, run in zip(group.runs, of_group["runs"])]
-    return table("Every run", ["", "run", "seed", "end", "last loss", "train time (s)"], rows)
+    return Table("Every run", ["", "run", "seed", "end", "last loss", "train time (s)"], rows)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -401,6 +346,7 @@ def assemble(title: str, groups: list[Group], folder: check.Folder | None, findi
     shown = sides or [group for group in groups if group.side and group.side.has_curve][:1]
     times = r if sides else compare.explain_times(shown[0].side, shown[0].side) if shown and np.isfinite(
         shown[0].curve.seconds).all() else {}
+    table = compare.step_time_table(times, ["A", "B"] if sides else [""])
     runs = [run for group in groups for run in group.runs]
     points = min(max(POINTS_OF_ALL // max(len(runs), 1), MIN_POINTS), MAX_POINTS)
     described = [describe_group(group, points) for group in groups]
@@ -410,13 +356,14 @@ def assemble(title: str, groups: list[Group], folder: check.Folder | None, findi
         "groups": described, "target": TARGET if judged else None,
         "thinning": f"Every validation is here. Series by step keep the lowest and the highest point of every stretch, "
                     f"{points:,} points a run at most: no peak is lost." if any(run.step_ms for run in runs) else "",
-        "sides": sides_table(groups), "places": places_of(groups, folder),
-        "difference": difference_table(r) if r else None, "equal": equal_tables(r) if r else [],
+        "sides": as_page(compare.sides_table({g.label: compare.describe_side(g.side) for g in groups if g.side})),
+        "places": places_of(groups, folder), "difference": as_page(compare.difference_table(r)) if r else None,
+        "equal": [as_page(table) for table in compare.equal_tables(r or {})],
         "warnings": r["warnings"] if r else [],
-        "step_times": step_time_table(times, ["A", "B"] if sides else [""]),
-        "constants": constants_tables(logged) if logged else [],
+        "step_times": as_page(table) if table else None,
+        "constants": [as_page(table) for table in constants_tables(logged)] if logged else [],
         "source": source_difference(*sides) if sides and all(run.source for g in sides for run in g.runs[:1]) else None,
-        "machine": machine_table(groups), "runs": runs_table(groups, described),
+        "machine": as_page(machine_table(groups)), "runs": as_page(runs_table(groups, described)),
         "check": checked}
 
 

@@ -3,6 +3,18 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import NamedTuple
+
+
+class Table(NamedTuple):
+    """What is shown as text, as markdown and on a page."""
+    caption: str
+    header: list[str]
+    rows: list[list[str]]
+    is_quoted: bool = False  # the cells are the logs' own words, which stay as they are
+
+    def as_text(self) -> str:
+        return f"{self.caption}:\n{format_table(self.rows, self.header)}"
 
 
 def format_table(rows: list[list[str]], header: list[str] | None = None) -> str:

@@ -104,13 +104,9 @@ def test_losses_at_equal_tokens(tmp_path):
     assert compare_specs(tmp_path / "same", full, LAST)["loss_at_equal"]["tokens"] == []
 
 
-def test_loss_difference_and_its_worth_in_steps(sides):
+def test_loss_difference(sides):
     r = compare.compare_sides(*map(compare.read_side, sides))
     assert r["loss_difference"]["value"] == pytest.approx(-0.0007, abs=1e-9)
-    # The curve of A between steps 175 and 210, where the last 5 % of the run begin before 199.5.
-    slope = np.polyfit([175, 200, 210], [np.mean([logs.curve(s, spec) for spec in A]) for s in (175, 200, 210)], 1)[0]
-    assert r["slope_from_step"] == 175
-    assert r["loss_difference_in_steps"] == pytest.approx(-0.0007 / slope, rel=0.01)
     last = r["loss_at_equal"]["step"][-1]
     assert last["step"] == 200 and last["loss_b"] - last["loss_a"] == pytest.approx(
         np.mean([logs.curve(200, s) for s in B]) - np.mean([logs.curve(200, s) for s in A]), abs=2e-6)
@@ -205,7 +201,7 @@ def test_sides_that_cannot_be_compared(tmp_path, specs, word):
 def test_published_figures_are_a_side_without_curves(sides, capsys):
     assert records.main(["compare", str(sides[0]), str(RECORDS / "2025-11-02_SmearMTP")]) == 0
     out = capsys.readouterr().out
-    assert "2.919309 +- 0.000678" in out and "cannot be told apart" in out
+    assert "2.919309   0.000678" in out and "cannot be told apart" in out
 
 
 def test_windows_of_untimed_steps_alone_do_not_count(tmp_path):
