@@ -169,15 +169,6 @@ def values_of(runs: list[Run], value) -> str:
     return "; ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
 
-def places_of(groups: list[Group], folder: check.Folder | None) -> str:
-    """Where the logs of several groups lie."""
-    if folder is None or len(groups) < 2:
-        return ""
-    places = [sorted({run.path.parent.relative_to(folder.path) for run in group.runs}) for group in groups]
-    return " ".join(f"{group.label}: {', '.join(f'{place}/' if place.name else 'this folder' for place in found)}."
-                    for group, found in zip(groups, places))
-
-
 def machine_table(groups: list[Group]) -> Table:
     rows = [[name, *(values_of(group.runs, lambda run: getattr(run.environment, attribute) or "not stated")
                      for group in groups)] for name, attribute in MACHINE.items()]
@@ -357,7 +348,7 @@ def assemble(title: str, groups: list[Group], folder: check.Folder | None, findi
         "thinning": f"Every validation is here. Series by step keep the lowest and the highest point of every stretch, "
                     f"{points:,} points a run at most: no peak is lost." if any(run.step_ms for run in runs) else "",
         "sides": as_page(compare.sides_table({g.label: compare.describe_side(g.side) for g in groups if g.side})),
-        "places": places_of(groups, folder), "difference": as_page(compare.difference_table(r)) if r else None,
+        "difference": as_page(compare.difference_table(r)) if r else None,
         "equal": [as_page(table) for table in compare.equal_tables(r or {})],
         "warnings": r["warnings"] if r else [],
         "step_times": as_page(table) if table else None,

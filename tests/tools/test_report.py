@@ -95,7 +95,6 @@ def test_another_task_is_not_held_against_the_target(tmp_path, where):
     data = report.gather(tmp_path)
     assert data["target"] is None and data["headline"].startswith("B ends 0.500000 nats/token below A: mean 1.501000")
     assert [(group["label"], len(group["runs"])) for group in data["groups"]] == [("A", 3), ("B", 3), ("failed", 1)]
-    assert data["places"] == "A: A/. B: B/. failed: B/failed/."
     assert ("readme" in {row[1] for row in data["check"]["table"]["rows"]}) == (where != "campaign")
 
 
@@ -238,7 +237,8 @@ def test_the_pointer_reads_the_logs_values(page, record):
     for share, step in ((0.01, 100), (0.99, 125)):
         page.move(left + share * width, top + 0.5 * height)
         assert told(page, record)[1] == step
-    page.evaluate("document.querySelector('#loss-chart [title=\"Reset zoom\"]').click()")
+    page.evaluate(FOCUS)
+    page.press("0")
     page.move(5, 5)
     assert page.evaluate(PICTURE) == before
 
@@ -307,8 +307,6 @@ def test_every_width_and_scheme(page, tmp_path, width, scheme):
     assert page.evaluate("document.querySelectorAll('.chart canvas').length") == 7
     ground = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
     assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
-    assert len(page.call("Page.printToPDF")["data"]) > 50_000
-    assert page.evaluate("!document.documentElement.classList.contains('printing')")
 
 
 @needs_chromium
@@ -371,13 +369,13 @@ def test_other_hosts_names_are_refused(server, names):
 
 def test_it_shows_only_and_to_this_machine_alone(server):
     port = server[0]
-    for method in ("POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT", "PROPFIND"):
+    for method in ("HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT", "PROPFIND"):
         status, head, _ = ask(port, "/", method)
-        assert status == 405 and "Allow: GET, HEAD" in head
+        assert status == 405 and "Allow: GET" in head
     for target in ("/", "/data.json"):
         status, head, body = ask(port, target, more="Host: localhost:PORT")
         assert status == 200 and "Cache-Control: no-store" in head and "default-src 'none'" in head and len(body) > 500
-        assert "Access-Control" not in head and ask(port, target, "HEAD")[::2] == (200, "")
+        assert "Access-Control" not in head
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.2", port), timeout=5)
     assert records.main(["follow", str(server[1]), "--serve", "--port", str(port)]) == 2  # taken
@@ -399,12 +397,9 @@ def test_a_growing_log_is_shown_as_it_grows(server, browser):
     assert "step 50: loss" in reading
     browser.press("+")
     browser.press("+")  # steps 40 to 87
-    tag = re.search(r"ETag: (\S+)", ask(port, "/data.json")[1])[1]
-    again = f"Host: 127.0.0.1:{port}\r\nIf-None-Match: {tag}"
-    assert ask(port, "/data.json", more=again)[::2] == (304, "")
     log.write_text(text)
     browser.wait("document.getElementById('sentences').textContent.includes('Finished: reproducing')")
-    assert ask(port, "/data.json", more=again)[0] == 200 and browser.evaluate(READING) == reading
+    assert browser.evaluate(READING) == reading
     assert not browser.evaluate("document.querySelector(\"[data-key='0 mean']\").checked")
     for part in ("runs", "legend"):
         assert "2.918400" in browser.evaluate(f"document.getElementById('{part}').textContent")

@@ -5,14 +5,12 @@ const hidden = new Set();  // keys of the lines that are not shown
 const choice = {x: "step", y: "loss"};
 const EARLY = {loss: 0.05, difference: 0.25};  // of the run: left out at first, as in the figures of `plot`
 const NARROW = 600;  // pixels
-const PRINTED = {large: 700, small: 225};  // pixels of an A4 page
-const root = document.documentElement;
 const byId = id => document.getElementById(id);
 const grouped = value => value.toLocaleString("en-US", {maximumFractionDigits: 3});
 const minus = text => String(text).replace(/^-/, "\u2212");
 const last = values => values[values.length - 1];
 const inkOf = g => `--group-${data.groups[g].label === "failed" ? 5 : Math.min(g, 4)}`;
-const css = name => getComputedStyle(root).getPropertyValue(name).trim();
+const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 /** An element with properties or attributes; text is always text, never markup. */
 function make(tag, properties = {}, ...children) {
@@ -72,14 +70,9 @@ function reference() {
   return group && (group.mean || {...group.runs[0], label: nameOf(group, 0)});
 }
 
-function timeUnit() {
-  const longest = Math.max(0, ...curves().flatMap(curve => curve.ms));
-  return longest > 600_000 ? {ms: 60_000, name: "minutes"} : {ms: 1000, name: "seconds"};
-}
-
 function lossLines() {
-  const base = reference(), unit = timeUnit();
-  const xOf = curve => choice.x === "time" ? curve.ms.map(ms => ms === null ? null : ms / unit.ms) : curve.step;
+  const base = reference();
+  const xOf = curve => choice.x === "time" ? curve.ms.map(ms => ms === null ? null : ms / 60_000) : curve.step;
   const baseX = base && xOf(base);
   return linesOf((curve, isMean) => {
     if (!curve.loss) return null;
@@ -147,26 +140,15 @@ class Chart {
     this.out = make("output");
     this.plot = make("div", {className: "plot", tabIndex: 0, role: "group", "aria-roledescription": "chart",
                              "aria-describedby": "keys"});
-    const tools = [["+", "Zoom in", () => this.zoom(0.5)], ["\u2212", "Zoom out", () => this.zoom(2)],
-                   ["\u2190", "Move left", () => this.move(-0.25)], ["\u2192", "Move right", () => this.move(0.25)],
-                   ["All", "The whole run", () => this.setRange(this.whole)],
-                   ["Reset", "Reset zoom", () => this.setRange(null)]];
-    const buttons = tools.map(([text, title, onclick]) =>
-      make("button", {type: "button", "aria-label": title, title, onclick}, text));
-    const bar = make("div", {className: "bar"}, this.out, make("div", {className: "tools"}, ...buttons));
-    host.replaceChildren(make("figure", {className: "chart"}, this.caption, bar, this.plot));
+    host.replaceChildren(make("figure", {className: "chart"}, this.caption, this.out, this.plot));
     this.plot.addEventListener("keydown", event => this.onKey(event));
-    new ResizeObserver(() => this.u && this.width() !== this.u.width && this.u.setSize(this.size())).observe(this.plot);
-  }
-
-  width() {
-    const printed = this.spec.small ? PRINTED.small : PRINTED.large;
-    return root.classList.contains("printing") ? printed : Math.max(this.plot.clientWidth, 200);
+    new ResizeObserver(() => this.u && this.size().width !== this.u.width && this.u.setSize(this.size()))
+      .observe(this.plot);
   }
 
   size() {
-    const height = this.spec.small ? 210 : this.spec.height ? this.spec.height() : this.width() < NARROW ? 300 : 400;
-    return {width: this.width(), height};
+    const width = Math.max(this.plot.clientWidth, 200);
+    return {width, height: this.spec.height ? this.spec.height() : width < NARROW ? 300 : 400};
   }
 
   /** From the data as they are now; zoom and chosen point stay. */
@@ -413,7 +395,7 @@ function fill(id, tables, nothing = "") {
 
 function texts() {
   document.title = document.querySelector("h1").textContent = data.title;
-  for (const id of ["headline", "places", "thinning"]) byId(id).textContent = data[id];
+  for (const id of ["headline", "thinning"]) byId(id).textContent = data[id];
   byId("sentences").replaceChildren(...data.sentences.map(text => make("p", {}, text)));
   byId("warnings").replaceChildren(...data.warnings.map(text => make("p", {className: "hint"}, `Warning: ${text}.`)));
   byId("claim").hidden = !fill("sides", [data.sides, data.difference]);
@@ -448,7 +430,7 @@ function texts() {
 
 const lossChart = new Chart(byId("loss-chart"), {
   title: () => choice.y === "loss" ? "Validation loss (nats/token)" : "Difference of the loss (0.001 nats/token)",
-  x: () => choice.x === "step" ? "step" : `training time (${timeUnit().name})`,
+  x: () => choice.x === "step" ? "step" : "training time (min)",
   lines: lossLines, early: () => EARLY[choice.y]});
 const counting = () => data.groups.filter(group => group.final).length;
 const finalChart = new Chart(byId("final-chart"), {
@@ -471,7 +453,7 @@ function multiples() {
   const hosts = found.map(() => make("div"));
   document.querySelector(".multiples").replaceChildren(...hosts);
   charts = [lossChart, finalChart, stepChart, ...found.map((name, i) => new Chart(hosts[i], {
-    title: () => name, lines: () => scalarLines(name), small: true}))];
+    title: () => name, lines: () => scalarLines(name), height: () => 210}))];
 }
 
 function show() {
@@ -496,33 +478,23 @@ function show() {
     section => make("a", {href: `#${section.id}`}, section.querySelector("h2").textContent)));
 }
 
-let tag = "";
+let grew = 0;
 async function poll() {
   const line = byId("live");
   try {
-    const response = await fetch("data.json", {cache: "no-store", headers: tag ? {"If-None-Match": tag} : {}});
-    if (response.status === 200) {
-      tag = response.headers.get("ETag");
-      const found = await response.json();
-      if (!found.error) { data = found; show(); }
-      line.textContent = found.error || `Live: the log last grew at ${new Date(1000 * found.grew).toLocaleString()}.`;
-    } else if (response.status !== 304) throw new Error(response.statusText);
+    const found = await (await fetch("data.json", {cache: "no-store"})).json();
+    if (found.grew && found.grew !== grew) {
+      grew = found.grew;
+      data = found;
+      show();
+    }
+    line.textContent = found.error || `Live: the log last grew at ${new Date(1000 * grew).toLocaleString()}.`;
     line.classList.remove("lost");
   } catch {
     line.classList.add("lost");
     line.textContent = "The server has ended: this is the last state.";
   }
   setTimeout(poll, 2000);
-}
-
-/** On paper everything is light, and the tables are open. */
-function print(isPrinting) {
-  root.classList.toggle("printing", isPrinting);
-  document.querySelectorAll("details.all").forEach(details => {
-    if (isPrinting) details.dataset.open = details.open ? "1" : "";
-    details.open = isPrinting || details.dataset.open === "1";
-  });
-  charts.forEach(chart => chart.draw());
 }
 
 document.querySelectorAll("input[type=radio]").forEach(input => input.addEventListener("change", () => {
@@ -532,8 +504,6 @@ document.querySelectorAll("input[type=radio]").forEach(input => input.addEventLi
   lossChart.draw();
 }));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => charts.forEach(chart => chart.draw()));
-addEventListener("beforeprint", () => print(true));
-addEventListener("afterprint", () => print(false));
 show();
 if (data.live) {
   byId("live").hidden = false;
