@@ -140,20 +140,9 @@ def read_folder(path: Path) -> Folder:
     else:
         folder.record = roles.pop("record", None) or list(chain(*roles.values()))
     folder.other = [run for run in chain(*roles.values()) if run not in folder.record]
-    if not folder.logs and not folder.unreadable:
-        read_figures_only(folder)
+    if not folder.logs and not folder.unreadable and (path / "published.json").exists():
+        folder.record, folder.published = read_published(path / "published.json")
     return folder
-
-
-def read_figures_only(folder: Folder) -> None:
-    """Fills in what is published in place of logs: published.json, otherwise the losses that the README lists."""
-    if (folder.path / "published.json").exists():
-        folder.record, folder.published = read_published(folder.path / "published.json")
-    elif folder.readme:
-        losses = figures.listed_losses(folder.readme, TARGET)
-        if losses:
-            folder.published = {"val_loss": losses}
-            folder.record = [Run.of_figures(folder.path, loss) for loss in losses]
 
 
 def final_losses(runs: list[Run]) -> list[float]:
@@ -315,14 +304,10 @@ def unmatched(folder: Folder, listed: bool, target: float) -> list[str]:
             for kind, texts in problems.items() if texts]
 
 
-def comparable(folder: Folder) -> bool:
-    return bool(folder.readme and folder.counted and not set(folder.published or ()) == {"val_loss"})
-
-
 @rule("readme-has-runs", "error", "Every run's loss, and its time or the mean time, stands in the README: all runs "
       "count.", "records/README.md, rule 7; the field: logs not among the listed runs", on_figures=True)
 def readme_lists_every_run(folder, limits):
-    if not comparable(folder):
+    if not (folder.readme and folder.counted):
         return None
     stated = figures.read_figures(folder.readme)
     losses = [f for f in stated if figures.is_loss(f, [run.final_loss for run in folder.counted], limits.target)]
@@ -342,7 +327,7 @@ def readme_lists_every_run(folder, limits):
 @rule("readme-from-logs", "error", "A run, count or p-value that the README lists but the logs do not give cannot be "
       "verified.", "the field: one log under a list of thirty runs", on_figures=True)
 def readme_states_nothing_else(folder, limits):
-    if not comparable(folder):
+    if not (folder.readme and folder.counted):
         return None
     problems = unmatched(folder, True, limits.target)
     runs, test = len(folder.counted), test_of(folder, limits)
@@ -364,7 +349,7 @@ def readme_states_nothing_else(folder, limits):
 @rule("readme-prose", "warning", "A loss or time in the text that no log gives needs its source beside it.",
       "records/README.md, rule 5", on_figures=True)
 def prose_is_sourced(folder, limits):
-    return unmatched(folder, False, limits.target) if comparable(folder) else None
+    return unmatched(folder, False, limits.target) if folder.readme and folder.counted else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The statistics of a record: one-sample tests against the target, Welch's comparison, power."""
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -116,13 +117,8 @@ def runs_needed(margin: float, sigma: float = POOLED_SIGMA, alpha: float = ALPHA
     """Smallest n at which the t-test reaches p < alpha with this power; None if 100,000 runs would not do."""
     if margin <= 0 or runs_needed_z(margin, sigma, alpha, power) > MAX_RUNS:
         return None
-    low, high = 1, 2
-    while t_test_power(high, margin, sigma, alpha) < power:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if t_test_power(middle, margin, sigma, alpha) >= power else (middle, high)
-    return high
+    numbers = range(2, 2 * runs_needed_z(margin, sigma, alpha, power) + 100)
+    return numbers[bisect_left(numbers, power, key=lambda n: t_test_power(n, margin, sigma, alpha))]
 
 
 def runs_needed_z(margin: float, sigma: float = POOLED_SIGMA, alpha: float = ALPHA, power: float = POWER) -> int:

@@ -52,8 +52,7 @@ def groups_of(folder: check.Folder) -> list[Group]:
     """Of a record's folder or a campaign's: A (a baseline), B, then others, failed ones last."""
     path = folder.path
     if folder.published:
-        group = group_of("all", folder.record, path)
-        return [group._replace(curve=read_curve(path)) if "smear_mtp" in folder.published else group]
+        return [group_of("all", folder.record, path)._replace(curve=read_curve(path))]
     roles: dict[str, list[Run]] = {}
     for run in folder.logs:
         roles.setdefault(check.role_of(run.path, path), []).append(run)

@@ -23,8 +23,6 @@ RULE_LINE = re.compile(r"^={60,}\s*$", re.M)
 STEP_LINE = re.compile(r"^\s*step:\s*(\d+)/(\d+)\s+(\S.*)$")
 FIELD = re.compile(r"([A-Za-z_]\w*):\s*(\S+)")
 NUMBER = re.compile(r"([-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|nan|inf))(ms|s)?$", re.I)
-# llm.c's lines: one run of 2024 was logged by them.
-LLM_C_LINE = re.compile(r"^s:\d+ (?:tel|trl):", re.M)
 LOG_SUFFIX = re.compile(r"\.(txt|log)(\.gz)?$", re.I)
 COLOUR = re.compile(r"\x1b\[[\d;]*[A-Za-z]")
 # What loggers write before a line; and torchrun --tee, srun --label, mpirun --tag-output before every line.
@@ -82,12 +80,6 @@ class Run:
     constants: dict[str, str] = field(default_factory=dict)  # our logs print every constant and the seed
     peak_memory_mib: int | None = None
     step_fields: dict[int, dict[str, float]] = field(default_factory=dict)
-
-    @classmethod
-    def of_figures(cls, path: Path, loss: float, seconds: float = math.nan, num_iterations: int = 0,
-                   environment: Environment = Environment()) -> "Run":
-        """A run of which only the final loss and time are published."""
-        return cls(path, num_iterations, [Validation(num_iterations, loss, 1000 * seconds)], environment=environment)
 
     @property
     def name(self) -> str:
@@ -272,9 +264,7 @@ def parse_lines(text: str, path: Path):
         else:
             validations.append(Validation(step, loss, train_ms, average, extras))
     if not totals:
-        raise NoSteps(f"{path} has no step lines: " + (
-            "llm.c wrote it (s:… tel:…), without train times and source, so it cannot be judged."
-            if LLM_C_LINE.search(text) else "it is no log of a run, or the run died before its first step."))
+        raise NoSteps(f"{path} has no step lines: it is no log of a run, or the run died before its first step.")
     if len(totals) > 1 or max([s for s, _ in step_ms] + [v.step for v in validations]) > max(totals):
         raise RecordError(f"{path} counts its steps to {', '.join(map(str, sorted(totals)))} and beyond: "
                           f"keep one log a run.")
@@ -304,7 +294,7 @@ def looks_like_log(path: Path) -> bool:
         text = read_text(path)
     except RecordError:
         return True
-    return bool(re.search(r"^\s*step:\s*\d|^s:\d+ te?rl?:|^Running py|^={60,}\s*$", text, re.M | re.I))
+    return bool(re.search(r"^\s*step:\s*\d|^Running py|^={60,}\s*$", text, re.M | re.I))
 
 
 def walk(path: Path) -> Iterator[Path]:
@@ -339,7 +329,8 @@ def read_published(path: Path) -> tuple[list[Run], dict]:
         record = data["smear_mtp"]
         count, _, kind = record["hardware"].partition("x ")
         environment = Environment(torch=record["torch"], gpus=(kind,) * int(count))
-        runs = [Run.of_figures(path, loss, seconds, record["num_iterations"], environment)
+        steps = record["num_iterations"]
+        runs = [Run(path, steps, [Validation(steps, loss, 1000 * seconds)], environment=environment)
                 for loss, seconds in zip(record["val_loss"], record["train_time_s"], strict=True)]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise RecordError(f"{path} is damaged ({error!r}): restore it from git.") from error
