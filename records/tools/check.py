@@ -635,13 +635,7 @@ def check(path: Path, limits: Limits, as_json: bool) -> int:
 def report(folder: Folder, findings: list[Finding], statistics: dict, verdict: str) -> str:
     lines = [f"{folder.path}: {verdict}", ""]
     if statistics:
-        s = statistics
-        lines += [format_table([
-            ["runs", f"{s['n']} (baseline {s['baseline_runs']}, failed {s['failed_runs']}, other {s['other_runs']})"],
-            ["loss", plus_minus(s["mean"], s["std"], ".6f") + " nats/token" + (
-                f", 95 % interval {s['low']:.6f} to {s['high']:.6f}" if s["n"] > 1 else "")],
-            ["train time", plus_minus(s["train_seconds_mean"], s["train_seconds_std"], ".3f") + " s"],
-            *([] if folder.experiment else against_the_target(s))]), ""]
+        lines += [format_table(statistics_rows(folder, statistics)), ""]
     broken = [finding for finding in findings if finding.status == "broken"]
     if broken:
         lines += [format_table([[f.rule.severity, f.rule.id, message] for f in broken for message in f.messages]), "",
@@ -653,10 +647,17 @@ def report(folder: Folder, findings: list[Finding], statistics: dict, verdict: s
     return "\n".join(lines)
 
 
-def against_the_target(s: dict) -> list[list[str]]:
-    """Rows of the report: both tests, and the runs that they need."""
-    needed = s["runs_needed"] or "no number"
-    return [[f"t-test, mean <= {s['target']}", f"t = {s['t']:.2f}, p = {format_p(s['t_p'])}"
+def statistics_rows(folder: Folder, s: dict) -> list[list[str]]:
+    """s: of `describe_statistics`. Runs, loss and time; of a record also both tests, and the runs that they need."""
+    rows = [["runs", f"{s['n']} (baseline {s['baseline_runs']}, failed {s['failed_runs']}, other {s['other_runs']})"],
+            ["loss", plus_minus(s["mean"], s["std"], ".6f") + " nats/token" + (
+                f", 95 % interval {s['low']:.6f} to {s['high']:.6f}" if s["n"] > 1 else "")],
+            ["train time", plus_minus(s["train_seconds_mean"], s["train_seconds_std"], ".3f") + " s"]]
+    if folder.experiment:
+        return rows
+    return [*rows,
+            [f"t-test, mean <= {s['target']}", f"t = {s['t']:.2f}, p = {format_p(s['t_p'])}"
              if math.isfinite(s["t"]) else "none: it needs runs that differ"],
             [f"z-test, sigma {s['sigma']:g}", f"z = {s['z']:.2f}, p = {format_p(s['z_p'])}"],
-            [f"runs needed for p < {ALPHA}", f"{needed} at this margin ({s['margin']:.6f}), {POWER:.0%} power"]]
+            [f"runs needed for p < {ALPHA}",
+             f"{s['runs_needed'] or 'no number'} at this margin ({s['margin']:.6f}), {POWER:.0%} power"]]

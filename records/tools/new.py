@@ -9,8 +9,8 @@ import numpy as np
 
 import check
 import compare
-from inference import format_p, plus_minus, std
-from report import claims_of_difference, page_of
+from inference import plus_minus, std
+from report import claims_of_difference, page_of, values_of
 from run_log import RUN_ID, RecordError, Run, find_logs, read_log, read_text
 from tables import format_markdown, write_text
 
@@ -52,8 +52,7 @@ def copy_logs(paths: list[Path], folder: Path, failed: Path) -> list[Run]:
 
 
 def one_of(runs: list[Run], attribute: str) -> str:
-    """What all runs share, or all that there is."""
-    return ", ".join(sorted({str(getattr(run.environment, attribute)) or "unknown" for run in runs}))
+    return values_of(runs, lambda run: getattr(run.environment, attribute) or "unknown")
 
 
 def figures_of(runs: list[Run]) -> tuple[str, str]:
@@ -71,19 +70,12 @@ def runs_table(runs: list[Run]) -> str:
 def write_readme(folder: Path, title: str, what: str, figures: list[Path]) -> None:
     """The README of a folder whose logs and figures are in place; every number is computed from the logs."""
     record = check.read_folder(folder)
-    runs, limits = record.counted, check.Limits()
-    test = check.test_of(record, limits)
-    seconds = [run.train_seconds for run in runs]
-    against_the_target = [] if record.experiment else [
-        [f"one-sided p of mean loss <= {limits.target}", f"t-test p = {format_p(test.t_p)}"],
-        [f"the same with sigma {limits.sigma:g}", f"z-test p = {format_p(test.z_p)}"]]
+    runs = record.counted
+    statistics = check.statistics_rows(record, check.describe_statistics(record, check.Limits()))
     parts = [f"# {title}", f"## What changed\n\n{what}", "## Setup\n\n" + format_markdown(["item", "value"], [
         ["hardware", one_of(runs, "hardware")], ["torch", one_of(runs, "torch")], ["CUDA", one_of(runs, "cuda")],
-        ["driver", one_of(runs, "driver")], ["steps", ", ".join(sorted({f"{run.num_iterations:,}" for run in runs}))]]),
-        "## Results\n\n" + format_markdown(["statistic", "value"], [
-            ["n (runs)", str(test.n)], ["mean loss +- std (nats/token)", figures_of(runs)[0]],
-            *([["95 % interval of the mean", f"{test.low:.6f} to {test.high:.6f}"]] if test.n > 1 else []),
-            ["mean train time +- std (s)", plus_minus(np.mean(seconds), std(seconds), ".3f")], *against_the_target]),
+        ["driver", one_of(runs, "driver")], ["steps", values_of(runs, lambda run: f"{run.num_iterations:,}")]]),
+        "## Results\n\n" + format_markdown(["statistic", "value"], statistics),
         f"## All {len(runs)} runs\n\n{runs_table(runs)}"]
     baseline = [run for run in record.baseline if run.finished]
     if baseline:

@@ -50,22 +50,13 @@ def group_of(label: str, runs: list[Run], path: Path) -> Group:
 
 def groups_of(folder: check.Folder) -> list[Group]:
     """Of a record's folder or a campaign's: A (a baseline), B, then others, failed ones last."""
-    path = folder.path
     if folder.published:
-        return [group_of("all", folder.record, path)._replace(curve=read_curve(path))]
-    roles: dict[str, list[Run]] = {}
-    for run in folder.logs:
-        roles.setdefault(check.role_of(run.path, path), []).append(run)
-    failed = roles.pop("failed", [])
-    if "baseline" in roles and not {"A", "B"} & roles.keys():
-        roles["A"] = roles.pop("baseline")
-        others = sorted(roles.keys() - {"A"}, key=lambda name: name != "record")
-        if others and (others[0] == "record" or len(others) == 1):
-            roles["B"] = roles.pop(others[0])
-    if len(roles) == 1:
-        roles = {"all": runs for runs in roles.values()}
-    labels = sorted(roles, key=lambda label: (label not in ("A", "B"), label))
-    return [group_of(label, roles[label], path) for label in labels] + ([Group("failed", failed)] if failed else [])
+        return [group_of("all", folder.record, folder.path)._replace(curve=read_curve(folder.path))]
+    roles = {"A": folder.baseline, "B": folder.record} if folder.baseline else {"all": folder.record}
+    for run in folder.other:
+        roles.setdefault(check.role_of(run.path, folder.path), []).append(run)
+    groups = [group_of(label, runs, folder.path) for label, runs in roles.items() if runs]
+    return groups + ([Group("failed", folder.failed)] if folder.failed else [])
 
 
 def sides_of(groups: list[Group]) -> tuple[Group, Group] | None:
@@ -80,7 +71,7 @@ def judged_of(groups: list[Group], folder: check.Folder | None) -> Group | None:
     tests = check.whole_validation_set, check.real_data
     if folder is None or folder.filed or folder.logs and any(test(folder, check.Limits()) for test in tests):
         return None
-    return next((group for group in groups if group.side and group.label in ("B", "record", "all")), None)
+    return next((group for group in groups if group.side and group.label in ("B", "all")), None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

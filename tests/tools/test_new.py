@@ -63,7 +63,7 @@ def test_an_experiment_stays_apart_and_is_not_held_to_the_records_task(records_f
     assert report["verdict"].startswith("an experiment: ") and "target" not in report["statistics"]
     folder = records_folder / "experiments" / "2026-01-02_X"
     readme, page = ((folder / name).read_text() for name in ("README.md", "report.html"))
-    assert "| mean loss +- std (nats/token) | 4.918519" in readme and "one-sided p" not in readme
+    assert "| loss | 4.918519 +- " in readme and "t-test" not in readme
     assert "A is the baseline. B are the other runs.\n\n- " in readme
     assert all(" nats/token below A: mean 4.918519 of 8 runs" in text for text in (readme, page))
     assert (records_folder / "README.md").read_text() == before
