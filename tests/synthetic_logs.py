@@ -5,6 +5,8 @@ from uuid import UUID
 
 import numpy as np
 
+from run_log import read_log
+
 SOURCE = '''"""A stand-in for the training script."""
 import math
 import torch
@@ -117,15 +119,9 @@ def baseline_specs(**changes) -> list[Spec]:
             for i, loss in enumerate(LOSSES[:4])]
 
 
-def final_seconds(path: Path) -> float:
-    """Train time of a log's last validation."""
-    last = [line for line in path.read_text().splitlines() if "val_loss" in line][-1]
-    return float(last.split("train_time:")[1].split("ms")[0]) / 1000
-
-
 def readme_text(folder: Path, specs: list[Spec]) -> str:
     """A README whose figures are those of the logs in `folder`."""
-    seconds = [final_seconds(folder / f"{spec.run_id}.txt") for spec in specs]
+    seconds = [read_log(folder / f"{spec.run_id}.txt").train_seconds for spec in specs]
     rows = [f"| {i} | {spec.loss:.{spec.decimals}f} | {s:.3f} |" for i, (spec, s) in enumerate(zip(specs, seconds), 1)]
     mean = np.mean([round(spec.loss, spec.decimals) for spec in specs])
     return "\n".join([

@@ -123,8 +123,8 @@ def read_folder(path: Path) -> Folder:
     """Everything `check` looks at; damaged logs become sentences. Raises RecordError if there is no such folder."""
     if not path.is_dir():
         raise RecordError(f"{path} is not a folder: name a record's folder.")
-    readmes = sorted(file for file in path.iterdir() if file.name.lower() in ("readme.md", "readme.txt", "readme"))
-    folder = Folder(path, readmes[0].read_text(encoding="utf-8", errors="replace").strip() if readmes else "")
+    readme = path / "README.md"
+    folder = Folder(path, readme.read_text(encoding="utf-8", errors="replace").strip() if readme.exists() else "")
     folder.scripts = sorted(file for file in walk(path) if file.suffix == ".py")
     roles: dict[str, list[Run]] = {}
     for log in find_logs(path):

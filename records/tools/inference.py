@@ -41,10 +41,6 @@ class TargetTest:
     high: float
     runs_needed: int | None
 
-    @property
-    def standard_error(self) -> float:
-        return self.std / math.sqrt(self.n)
-
 
 def format_p(p: float) -> str:
     return "unknown" if math.isnan(p) else f"{p:.2e}" if p < 0.001 else f"{p:.4f}"
@@ -66,9 +62,9 @@ def std(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
-def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """Student's interval of the mean; nan for one value."""
-    half = stats.t.ppf((1 + confidence) / 2, max(len(values) - 1, 1)) * std(values) / math.sqrt(len(values))
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, max(len(values) - 1, 1)) * std(values) / math.sqrt(len(values))
     return float(np.mean(values) - half), float(np.mean(values) + half)
 
 
@@ -84,7 +80,7 @@ def against_target(losses: Sequence[float], target: float = TARGET, sigma: float
                       z, float(stats.norm.cdf(z)), *mean_interval(losses), runs_needed(target - mean, sigma))
 
 
-def welch(a: Sequence[float], b: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+def welch(a: Sequence[float], b: Sequence[float]) -> Interval:
     """mean(b) - mean(a) without assuming equal spreads [Welch 1947]; degrees of freedom by Satterthwaite."""
     difference = float(np.mean(b) - np.mean(a))
     if min(len(a), len(b)) < 2:
@@ -94,7 +90,7 @@ def welch(a: Sequence[float], b: Sequence[float], confidence: float = CONFIDENCE
     if error == 0:
         return Interval(difference, difference, difference, 1.0 if difference == 0 else 0.0)
     freedom = variances.sum() ** 2 / (variances ** 2 / np.array([len(a) - 1, len(b) - 1])).sum()
-    half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * error
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
     return Interval(difference, difference - half, difference + half,
                     float(2 * stats.t.sf(abs(difference) / error, freedom)))
 

@@ -11,7 +11,7 @@ import check
 import compare
 from inference import plus_minus, std
 from report import claims_of_difference, page_of, values_of
-from run_log import RUN_ID, RecordError, Run, find_logs, read_log, read_text
+from run_log import RecordError, Run, find_logs, read_log, read_text
 from tables import format_markdown, write_text
 
 RECORDS = Path(__file__).resolve().parents[1]
@@ -41,8 +41,6 @@ def copy_logs(paths: list[Path], folder: Path, failed: Path) -> list[Run]:
         if text in texts:
             raise RecordError(f"{log} is another log's copy: a run counts once.")
         texts.add(text)
-        if target.exists() and not RUN_ID.fullmatch(run.name):  # of another folder
-            target = target.with_name(f"{run.name}-{log.parent.name}{target.name.removeprefix(run.name)}")
         if target.exists():
             raise RecordError(f"{log} has the name of another log: rename one of them.")
         target.parent.mkdir(parents=True, exist_ok=True)

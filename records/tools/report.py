@@ -277,19 +277,15 @@ def mean_of(group: Group) -> dict | None:
 
 
 def describe_group(group: Group, points: int) -> dict:
-    """A group as the page holds it. A field that all its runs state alike stands once, at the group."""
+    """A group as the page holds it."""
     runs = [curves_of(run, points) for run in group.runs]
-    fields = {name for run in runs for name in run["fields"]}
-    shared = {name: runs[0]["fields"][name] for name in sorted(fields)
-              if all(run["fields"].get(name) == runs[0]["fields"].get(name) for run in runs)} if len(runs) > 1 else {}
     for number, (run, log) in enumerate(zip(runs, group.runs), 1):
-        run["fields"] = {name: field for name, field in run["fields"].items() if name not in shared}
         if not LOG_SUFFIX.search(log.path.name):  # published figures
             run["name"] = f"run {number}"
         run["counts"] = bool(group.side) and any(log is counted for counted in group.side.runs)
     losses = group.side.losses if group.side else []
     low, high = mean_interval(losses) if len(losses) > 1 else (math.nan, math.nan)
-    return {"label": group.label, "runs": runs, "mean": mean_of(group), "fields": shared,
+    return {"label": group.label, "runs": runs, "mean": mean_of(group),
             "final": {"mean": float(np.mean(losses)), "low": low, "high": high} if losses else None}
 
 

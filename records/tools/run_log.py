@@ -178,8 +178,6 @@ def read_text(path: Path) -> str:
         raise RecordError(f"{path} cannot be read ({error.strerror}): name a log.") from error
     if not data.strip():
         raise NoSteps(f"{path} is empty: copy the log again.")
-    if data.startswith(b"version https://git-lfs."):
-        raise RecordError(f"{path} is a pointer of Git LFS: fetch the log itself with git lfs pull.")
     is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as PowerShell's > writes
     if b"\0" in data and not is_utf16:
         raise RecordError(f"{path} is not a text file: copy the log again.")

@@ -36,7 +36,7 @@ def gather_live(log: Path, band: follow.Band) -> dict:
     mean = {"label": f"mean of {band.name}", "step": list(band.points),
             "loss": report.plain(point.loss for point in band.points.values()),
             "ms": report.plain(point.train_ms for point in band.points.values()), "scalars": {}, "step_ms": None}
-    reference = {"label": "reference", "runs": [], "mean": mean, "fields": {}, "final": None}
+    reference = {"label": "reference", "runs": [], "mean": mean, "final": None}
     return data | {"sentences": [*data["sentences"], verdict[0].upper() + verdict[1:], *left],
                    "groups": [reference, *data["groups"]]}
 

@@ -121,7 +121,6 @@ def test_a_live_log_may_end_within_a_line(tmp_path):
 
 DAMAGED = [
     ("empty", b" \n", "is empty"),
-    ("LFS", b"version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 12\n", "pointer of Git LFS"),
     ("binary", b"\x7fELF\x01\0\0\0", "is not a text file"),
     ("no steps", "import torch\n" + "=" * 100 + "\nRunning Python 3.12\n", "no step lines"),
     ("prose", "nothing of the kind\n", "no step lines"),

@@ -102,16 +102,6 @@ def test_what_will_not_do_leaves_nothing_behind(records_folder, content, name, d
     assert sorted(records_folder.rglob("*")) == before
 
 
-def test_logs_of_one_name_in_several_folders_are_several_runs(tmp_path):
-    specs = logs.record_specs()[:3]
-    for spec in specs:
-        logs.write_log(tmp_path / f"seed{spec.seed}", spec, "train.log")
-    folder = tmp_path / "record"
-    new.copy_logs([tmp_path / f"seed{spec.seed}" for spec in specs], folder, folder / "failed")
-    assert {path.name for path in folder.iterdir()} == {"train-seed1.log.gz", "train-seed2.log.gz", "train.log.gz"}
-    assert sorted(run.final_loss for run in check.read_folder(folder).record) == sorted(spec.loss for spec in specs)
-
-
 def test_logs_are_compressed_and_the_same_logs_give_the_same_bytes(records_folder):
     """Also those that came compressed."""
     make(records_folder)

@@ -1,7 +1,4 @@
 """records/tools/plot.py: figures of the README's width for every kind of source, and what they are drawn from."""
-import struct
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -12,13 +9,7 @@ from curves import read_curve
 from helpers import RECORDS
 from run_log import RecordError
 
-pytest.importorskip("matplotlib")
-
-
-def png_width(path: Path) -> int:
-    data = path.read_bytes()
-    assert data.startswith(b"\x89PNG\r\n\x1a\n")
-    return struct.unpack(">I", data[16:20])[0]
+imread = pytest.importorskip("matplotlib.image").imread
 
 
 def test_figures_of_two_sets_of_logs(tmp_path, capsys):
@@ -26,7 +17,7 @@ def test_figures_of_two_sets_of_logs(tmp_path, capsys):
     assert records.main(["plot", str(record / "baseline"), str(record), "--out", str(tmp_path / "png")]) == 0
     names = ["loss", "step_time", "lambdas", "final_losses"]
     assert capsys.readouterr().out.split() == [str(tmp_path / "png" / f"{name}.png") for name in names]
-    assert {png_width(path) for path in (tmp_path / "png").iterdir()} == {1760}
+    assert {imread(path).shape[1] for path in (tmp_path / "png").iterdir()} == {1760}
 
 
 def test_committed_figures_are_those_of_the_published_data(tmp_path):
@@ -35,7 +26,7 @@ def test_committed_figures_are_those_of_the_published_data(tmp_path):
     written = plot.draw([folder], tmp_path)
     assert {path.name for path in written} == {path.name for path in (folder / "figures").iterdir()}
     for path in written:
-        assert path.read_bytes()[16:24] == (folder / "figures" / path.name).read_bytes()[16:24]
+        assert imread(path).shape == imread(folder / "figures" / path.name).shape
 
 
 def test_one_unadorned_log_gives_what_it_can(tmp_path):

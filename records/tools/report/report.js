@@ -59,7 +59,6 @@ function linesOf(pick) {
   data.groups.forEach((group, g) => {
     group.runs.forEach((run, r) => add(g, run, keyOf(g, run), nameOf(group, r), false));
     add(g, group.mean, `${g} mean`, group.mean && group.mean.label, true);
-    add(g, {fields: group.fields}, `${g} mean`, `${group.label}, every run`, true);
   });
   return lines;
 }
@@ -75,7 +74,6 @@ function lossLines() {
   const xOf = curve => choice.x === "time" ? curve.ms.map(ms => ms === null ? null : ms / 60_000) : curve.step;
   const baseX = base && xOf(base);
   return linesOf((curve, isMean) => {
-    if (!curve.loss) return null;
     const x = xOf(curve), digits = isMean ? 6 : decimalsOf(curve.loss);
     const apart = x.map((at, i) => {
       const expected = at === null ? null : interpolate(baseX, base.loss, at);
@@ -103,7 +101,7 @@ function stepTimeLines() {
 
 function scalarLines(name) {
   return linesOf(({fields, scalars, step}) => {
-    const points = fields && fields[name] || scalars && scalars[name] && {x: step, y: scalars[name]};
+    const points = fields && fields[name] || scalars[name] && {x: step, y: scalars[name]};
     return points && {...points, tell: i => `step ${grouped(points.x[i])}: ${name} ${minus(points.y[i])}`};
   });
 }
@@ -445,8 +443,8 @@ let charts = [lossChart, finalChart, stepChart], names = "", keys = "";
 
 /** One small chart for each scalar and each field of the step lines. */
 function multiples() {
-  const found = [...new Set([...curves(), ...data.groups].flatMap(
-    curve => [...Object.keys(curve.scalars || {}), ...Object.keys(curve.fields || {})]))];
+  const found = [...new Set(curves().flatMap(
+    curve => [...Object.keys(curve.scalars), ...Object.keys(curve.fields || {})]))];
   byId("scalars").hidden = !found.length;
   if (names === found.join()) return;
   names = found.join();
