@@ -334,14 +334,14 @@ def readme_states_nothing_else(folder, limits):
     counts = figures.stated_counts(folder.readme)
     if counts and runs not in counts:
         problems.append(f"the README speaks of {shown(sorted(counts))} runs, there are {runs}")
-    p_values = figures.stated_p_values(folder.readme)
+    p_values = figures.P_VALUE.findall(folder.readme)
     tests = {"t-test": test.t_p, "z-test": test.z_p}
     if folder.experiment:  # which compares two sides
         baseline = final_losses(folder.baseline)
         tests = {"Welch's test": welch(baseline, final_losses(folder.counted)).p} if baseline else {}
     computed = {name: p for name, p in tests.items() if not math.isnan(p)}
-    if p_values and not any(figures.p_rounds(text, p) for text, _ in p_values for p in computed.values()):
-        problems.append(f"the README's p = {shown(text for text, _ in p_values)} is not the runs' "
+    if p_values and not any(figures.p_rounds(text, p) for text in p_values for p in computed.values()):
+        problems.append(f"the README's p = {shown(p_values)} is not the runs' "
                         f"({', '.join(f'{name} {format_p(p)}' for name, p in computed.items()) or 'no test'})")
     return problems
 
@@ -596,11 +596,6 @@ def verdict_of(folder: Folder, findings: list[Finding]) -> str:
     return f"holds, with {warnings}" if broken["warning"] else "holds: every rule is kept"
 
 
-def has_errors(folder: Folder, findings: list[Finding]) -> bool:
-    errors = any(f.status == "broken" and f.rule.severity == "error" for f in findings)
-    return errors or not (folder.counted or folder.published)
-
-
 def describe_statistics(folder: Folder, limits: Limits) -> dict:
     """The record's figures by its runs, as plain values; empty without a finished run."""
     if not folder.counted:
@@ -619,7 +614,7 @@ def describe_statistics(folder: Folder, limits: Limits) -> dict:
 
 
 def check(path: Path, limits: Limits, as_json: bool) -> int:
-    """Prints the report; 0 if no rule of severity error is broken, otherwise 1."""
+    """Prints the report; 1 if a rule of severity error is broken, or there is nothing to judge, otherwise 0."""
     folder = read_folder(path)
     findings = apply_rules(folder, limits)
     statistics, verdict = describe_statistics(folder, limits), verdict_of(folder, findings)
@@ -629,7 +624,8 @@ def check(path: Path, limits: Limits, as_json: bool) -> int:
         print(format_json({"folder": str(path), "verdict": verdict, "statistics": statistics, "rules": rules}))
     else:
         print(report(folder, findings, statistics, verdict))
-    return int(has_errors(folder, findings))
+    errors = any(f.status == "broken" and f.rule.severity == "error" for f in findings)
+    return int(errors or not (folder.counted or folder.published))
 
 
 def report(folder: Folder, findings: list[Finding], statistics: dict, verdict: str) -> str:

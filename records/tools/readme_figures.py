@@ -84,11 +84,6 @@ def stated_counts(text: str) -> set[int]:
     return set(map(int, counts))
 
 
-def stated_p_values(text: str) -> list[tuple[str, float]]:
-    """p-values as printed, and as numbers."""
-    return [(match[1], float(match[1])) for match in P_VALUE.finditer(text)]
-
-
 def p_rounds(text: str, p: float) -> bool:
     """Whether `p` printed like `text` gives `text`."""
     if "e" in text.lower():

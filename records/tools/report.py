@@ -59,12 +59,6 @@ def groups_of(folder: check.Folder) -> list[Group]:
     return groups + ([Group("failed", folder.failed)] if folder.failed else [])
 
 
-def sides_of(groups: list[Group]) -> tuple[Group, Group] | None:
-    """A and B, if both have runs that count."""
-    by_label = {group.label: group for group in groups if group.side}
-    return (by_label["A"], by_label["B"]) if {"A", "B"} <= by_label.keys() else None
-
-
 def judged_of(groups: list[Group], folder: check.Folder | None) -> Group | None:
     """The runs that the target is for, if their loss is the record's: on its validation tokens and real data by
     `check`, or published."""
@@ -313,7 +307,8 @@ def gather(path: Path) -> dict:
 
 
 def assemble(title: str, groups: list[Group], folder: check.Folder | None, findings: list[check.Finding]) -> dict:
-    sides = sides_of(groups)
+    sides = [group for group in groups if group.side and group.label in ("A", "B")]
+    sides = sides if len(sides) == 2 else []
     r = compare.compare_sides(*(group.side for group in sides)) if sides else None
     judged = judged_of(groups, folder)
     has_sides = folder is not None and folder.has_sides
@@ -344,11 +339,6 @@ def assemble(title: str, groups: list[Group], folder: check.Folder | None, findi
         "check": checked}
 
 
-def script_json(data: dict) -> str:
-    """JSON that no HTML parser ends early."""
-    return format_json(data, indent=None).replace("<", "\\u003c")
-
-
 def read_parts() -> dict[str, str]:
     """The page's parts: ours, and the library of the charts."""
     names = {"style": ("uPlot.min.css", "report.css"), "script": ("uPlot.iife.min.js", "report.js"),
@@ -366,8 +356,8 @@ def policy(parts: dict[str, str], connect: str) -> str:
 
 def render(data: dict, parts: dict[str, str], live: bool = False) -> str:
     """The page. `live`: it asks for data.json again and again."""
-    values = parts | {"title": html.escape(data["title"]), "headline": html.escape(data["headline"]),
-                      "data": script_json(data | {"live": live}),
+    json = format_json(data | {"live": live}, indent=None).replace("<", "\\u003c")  # which no parser of HTML ends early
+    values = parts | {"title": html.escape(data["title"]), "headline": html.escape(data["headline"]), "data": json,
                       "policy": html.escape(policy(parts, "'self'" if live else "'none'"))}
     return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], parts["page"])
 

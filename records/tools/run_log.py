@@ -279,10 +279,6 @@ def read_log(path: Path) -> Run:
                parse_constants(environment), int(peak[1]) if peak else None, step_fields)
 
 
-def is_log_name(path: Path) -> bool:
-    return bool(LOG_SUFFIX.search(path.name)) and not path.name.lower().startswith(NOT_LOGS)
-
-
 def looks_like_log(path: Path) -> bool:
     """Whether a file claims to be a log: by its name (a run id), or by what it holds. Damaged ones do too."""
     name = path.name.lower().removesuffix(".gz")
@@ -314,7 +310,8 @@ def find_logs(path: Path) -> list[Path]:
     """
     if path.is_dir():
         return sorted(file for file in walk(path) if (file.is_file() or file.is_symlink() and not file.is_dir())
-                      and is_log_name(file) and looks_like_log(file))
+                      and LOG_SUFFIX.search(file.name) and not file.name.lower().startswith(NOT_LOGS)
+                      and looks_like_log(file))
     if not path.exists():
         raise RecordError(f"{path} does not exist: name a log or a folder of logs.")
     return [path]
