@@ -110,6 +110,12 @@ def write_log(folder: Path, spec: Spec, name: str | None = None) -> Path:
     return path
 
 
+def write_logs(folder: Path, specs: list[Spec]) -> Path:
+    for spec in specs:
+        write_log(folder, spec)
+    return folder
+
+
 def record_specs(losses=LOSSES, **changes) -> list[Spec]:
     return [Spec(**{"loss": loss, "seed": seed} | changes) for seed, loss in enumerate(losses)]
 
@@ -132,10 +138,8 @@ def readme_text(folder: Path, specs: list[Spec]) -> str:
 def write_record(folder: Path, specs: list[Spec] | None = None, baseline: list[Spec] | None = None) -> Path:
     """A folder that keeps every rule: logs, a baseline's logs and a README."""
     specs = record_specs() if specs is None else specs
-    for spec in specs:
-        write_log(folder, spec)
-    for spec in baseline_specs() if baseline is None else baseline:
-        write_log(folder / "baseline", spec)
+    write_logs(folder, specs)
+    write_logs(folder / "baseline", baseline_specs() if baseline is None else baseline)
     (folder / "README.md").write_text(readme_text(folder, specs))
     (folder / "train.py").write_text(specs[0].source.format(num_iterations=specs[0].num_iterations))
     return folder

@@ -26,10 +26,8 @@ def records_folder(tmp_path):
 
 def make(records_folder: Path, name: str = "Made-up", specs=None) -> int:
     runs = records_folder.parent / "runs"
-    for spec in specs or logs.record_specs():
-        logs.write_log(runs / "new", spec)
-    for spec in logs.baseline_specs():
-        logs.write_log(runs / "old", spec)
+    logs.write_logs(runs / "new", specs or logs.record_specs())
+    logs.write_logs(runs / "old", logs.baseline_specs())
     return new.new(name, "2026-01-02", [runs / "new"], [runs / "old"], "A constant.", False, records_folder)
 
 
@@ -54,10 +52,8 @@ def test_an_experiment_stays_apart_and_is_not_held_to_the_records_task(records_f
     before = (records_folder / "README.md").read_text()
     runs, baseline = ([replace(spec, gpus=(), loss=spec.loss + 2) for spec in specs]
                       for specs in (logs.record_specs(), logs.baseline_specs()))
-    for side, specs in (("B", runs), ("A", baseline)):
-        for spec in specs:
-            logs.write_log(tmp_path / side, spec)
-    arguments = ("X", "2026-01-02", [tmp_path / "B"], [tmp_path / "A"], "A question.", True)
+    sides = [logs.write_logs(tmp_path / "B", runs)], [logs.write_logs(tmp_path / "A", baseline)]
+    arguments = ("X", "2026-01-02", *sides, "A question.", True)
     assert new.new(*arguments, records_folder, experiment=True) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["verdict"].startswith("an experiment: ") and "target" not in report["statistics"]

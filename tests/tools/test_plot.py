@@ -37,9 +37,7 @@ def test_one_unadorned_log_gives_what_it_can(tmp_path):
 
 def test_curves_are_means_over_runs(tmp_path):
     specs = [logs.Spec(loss=loss, seed=i, smear_lambda=0.004 * (i + 1)) for i, loss in enumerate((2.918, 2.920))]
-    for spec in specs:
-        logs.write_log(tmp_path, spec)
-    curve = read_curve(tmp_path)
+    curve = read_curve(logs.write_logs(tmp_path, specs))
     assert curve.losses[-1] == pytest.approx(2.919, abs=1e-6)
     assert curve.stds[-1] == pytest.approx(0.002 / 2 ** 0.5, abs=1e-6)
     mean, sigma = curve.extras["smear_lambda"]

@@ -44,12 +44,6 @@ def plain(texts: list[str]) -> str:
     return "\n".join(texts).replace("\N{MINUS SIGN}", "-").replace("\xa0", " ")
 
 
-def write_side(folder: Path, specs) -> Path:
-    for spec in specs:
-        logs.write_log(folder, spec)
-    return folder
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # What the page holds
 
@@ -89,8 +83,8 @@ def test_another_task_is_not_held_against_the_target(tmp_path, where):
     """A campaign's folder of a byte model on one CPU: the claim is the difference, and `check` says what it says."""
     tmp_path = tmp_path / where
     specs = [logs.Spec(loss=1.5 + 0.001 * i, seed=i, source=BYTES, gpus=()) for i in range(3)]
-    write_side(tmp_path / "A", [replace(spec, loss=spec.loss + 0.5, seed=spec.seed + 9) for spec in specs])
-    write_side(tmp_path / "B", specs)
+    logs.write_logs(tmp_path / "A", [replace(spec, loss=spec.loss + 0.5, seed=spec.seed + 9) for spec in specs])
+    logs.write_logs(tmp_path / "B", specs)
     logs.write_log(tmp_path / "B" / "failed", replace(specs[0], seed=20, last_step=60))
     data = report.gather(tmp_path)
     assert data["target"] is None and data["headline"].startswith("B ends 0.500000 nats/token below A: mean 1.501000")
@@ -101,7 +95,7 @@ def test_another_task_is_not_held_against_the_target(tmp_path, where):
 def test_a_campaigns_headline_is_the_difference(tmp_path):
     """Of the record's task: the target is told, too."""
     for side, specs in (("A", logs.baseline_specs()), ("B", logs.record_specs())):
-        write_side(tmp_path / side, specs)
+        logs.write_logs(tmp_path / side, specs)
     data = report.gather(tmp_path)
     assert "B ends" in data["headline"] and data["target"] == 2.92 and "8 runs end" in data["sentences"][2]
     assert data["sentences"][-1].startswith("By the rules of check: a comparison of B with A: keeps every rule")
@@ -122,7 +116,8 @@ def test_tables_that_differ_show_the_rows_that_do(tmp_path):
 
 def test_logs_that_no_statistic_covers_are_shown_all_the_same(tmp_path):
     """Of several lengths, unfinished, compressed; a damaged one is told by `check`."""
-    write_side(tmp_path, [logs.Spec(seed=1), logs.Spec(seed=2, num_iterations=100), logs.Spec(seed=3, last_step=60)])
+    logs.write_logs(tmp_path, [logs.Spec(seed=1), logs.Spec(seed=2, num_iterations=100),
+                               logs.Spec(seed=3, last_step=60)])
     path = logs.write_log(tmp_path, logs.Spec(seed=4))
     (tmp_path / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
     path.unlink()
@@ -172,8 +167,8 @@ def test_thinned_curves_keep_every_peak_and_only_what_was_logged():
 
 def test_fifty_two_runs_stay_below_a_megabyte(tmp_path):
     for side, steps in (("A", 5550), ("B", 5535)):
-        write_side(tmp_path / side, [logs.Spec(seed=i + steps, loss=2.919 + 0.0001 * i, num_iterations=steps,
-                                               val_every=125) for i in range(26)])
+        logs.write_logs(tmp_path / side, [logs.Spec(seed=i + steps, loss=2.919 + 0.0001 * i, num_iterations=steps,
+                                                    val_every=125) for i in range(26)])
     path = sorted((tmp_path / "B").iterdir())[7]  # every step after 3000 ends 900 ms later: one step of 1,150 ms
     path.write_text(re.sub(r"(step:(\d+)/5535 .*?train_time:)(\d+)", lambda m: m[1] + str(
         int(m[3]) + 900 * (int(m[2]) > 3000)), path.read_text()))
@@ -325,7 +320,7 @@ def test_the_last_tick_is_whole(browser, tmp_path):
 def server(tmp_path_factory):
     """`follow --serve` of a log that holds no step yet: (port, log, the whole log's text)."""
     folder = tmp_path_factory.mktemp("server")
-    reference = write_side(folder / "reference", logs.record_specs())
+    reference = logs.write_logs(folder / "reference", logs.record_specs())
     text = logs.log_text(logs.Spec(seed=60, loss=2.9184))
     log = folder / "live.txt"
     log.touch()
