@@ -78,12 +78,15 @@ class Folder:
 
 
 class Rule(NamedTuple):
-    """`test` returns what is wrong, one sentence each; None if the folder has nothing to apply it to."""
+    """`test` returns what is wrong, one sentence each; None if the folder has nothing to apply it to.
+
+    needs: names of what a Folder must have, so that there is something to apply it to.
+    """
     id: str
     severity: str  # error, warning or note
     why: str
     origin: str
-    on_figures: bool  # applies to published figures too
+    needs: tuple[str, ...]
     of_task: bool  # demanded by the record's task, and not of an experiment
     test: Callable[[Folder, Limits], list[str] | None]
 
@@ -98,10 +101,10 @@ class Finding(NamedTuple):
 RULES: list[Rule] = []
 
 
-def rule(id: str, severity: str, why: str, origin: str, on_figures: bool = False, of_task: bool = False):
+def rule(id: str, severity: str, why: str, origin: str, needs: tuple[str, ...] = ("logs",), of_task: bool = False):
     """Adds the decorated test to RULES."""
     def register(test):
-        RULES.append(Rule(id, severity, why, origin, on_figures, of_task, test))
+        RULES.append(Rule(id, severity, why, origin, needs, of_task, test))
         return test
     return register
 
@@ -165,16 +168,16 @@ def name_of(run: Run) -> str:
 # What is there
 
 @rule("readme", "error", "A claim needs its words: what changed, against which baseline.",
-      "records/README.md, how to submit", on_figures=True)
+      "records/README.md, how to submit", needs=())
 def has_readme(folder, limits):
     if folder.has_sides and not folder.filed:
         return None
     return [] if folder.readme else ["there is no README.md, or it is empty"]
 
 
-@rule("readable", "error", "A log that cannot be read proves nothing.", "records/README.md, rule 6")
+@rule("readable", "error", "A log that cannot be read proves nothing.", "records/README.md, rule 6", needs=())
 def all_readable(folder, limits):
-    return folder.unreadable
+    return folder.unreadable if folder.unreadable or folder.logs else None
 
 
 @rule("finished", "error", "A run without a final loss cannot count, and leaving it out would choose among runs; "
@@ -195,7 +198,7 @@ def none_left_out(folder, limits):
             and run.source in sources and same_constants(run, folder.record[0])]
 
 
-@rule("unique", "error", "A run counted twice feigns evidence.", "the field: runs counted twice", on_figures=True)
+@rule("unique", "error", "A run counted twice feigns evidence.", "the field: runs counted twice", needs=())
 def no_run_twice(folder, limits):
     runs = [run for run in folder.record + folder.baseline + folder.other if run.finished]
     finals = Counter((f"{run.final_loss:.6f}", f"{run.train_seconds:.3f}") for run in runs
@@ -208,19 +211,16 @@ def no_run_twice(folder, limits):
 
 @rule("seeds", "error", "Runs of one seed are not independent samples.", "the t-test's assumption")
 def seeds_differ(folder, limits):
-    seeds = [run.constants["drawn seed"] for run in folder.record if "drawn seed" in run.constants]
-    return [f"seed {seed} was used {count} times" for seed, count in Counter(seeds).items() if count > 1] \
-        if seeds else None
+    seeds = Counter(run.constants["drawn seed"] for run in folder.record if "drawn seed" in run.constants)
+    return [f"seed {seed} was used {count} times" for seed, count in seeds.items() if count > 1] if seeds else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Statistics
 
 @rule("target-t", "error", f"The mean of all runs must be below the target with p < {ALPHA} (one-sided t-test).",
-      "records/README.md, rule 1", on_figures=True, of_task=True)
+      "records/README.md, rule 1", needs=("counted",), of_task=True)
 def t_test_passes(folder, limits):
-    if not folder.counted:
-        return None
     test = test_of(folder, limits)
     if test.mean > limits.target:
         return [f"mean loss {test.mean:.6f} is above {limits.target}" + (
@@ -234,20 +234,16 @@ def t_test_passes(folder, limits):
 
 
 @rule("target-z", "warning", "Few runs that happen to agree pass a t-test at any margin; the field's pooled sigma does "
-      "not.", "the field: records of n = 2", on_figures=True, of_task=True)
+      "not.", "the field: records of n = 2", needs=("counted",), of_task=True)
 def z_test_passes(folder, limits):
-    if not folder.counted:
-        return None
     test = test_of(folder, limits)
     return [] if test.z_p < ALPHA else [f"with sigma {limits.sigma:g}: z = {test.z:.2f}, p = {format_p(test.z_p)} is "
                                         f"not below {ALPHA}"]
 
 
 @rule("n-needed", "note", f"The runs that pass with {POWER:.0%} power at this margin: fewer, and luck decided.",
-      "planning by power", on_figures=True, of_task=True)
+      "planning by power", needs=("counted",), of_task=True)
 def enough_runs(folder, limits):
-    if not folder.counted:
-        return None
     test = test_of(folder, limits)
     margin = limits.target - test.mean
     if margin <= 0:
@@ -305,10 +301,8 @@ def unmatched(folder: Folder, listed: bool, target: float) -> list[str]:
 
 
 @rule("readme-has-runs", "error", "Every run's loss, and its time or the mean time, stands in the README: all runs "
-      "count.", "records/README.md, rule 7; the field: logs not among the listed runs", on_figures=True)
+      "count.", "records/README.md, rule 7; the field: logs not among the listed runs", needs=("readme", "counted"))
 def readme_lists_every_run(folder, limits):
-    if not (folder.readme and folder.counted):
-        return None
     stated = figures.read_figures(folder.readme)
     losses = [f for f in stated if figures.is_loss(f, [run.final_loss for run in folder.counted], limits.target)]
     missing = [f"{run.final_loss:.6f}" for run in folder.counted if not any(f.rounds(run.final_loss) for f in losses)]
@@ -325,10 +319,8 @@ def readme_lists_every_run(folder, limits):
 
 
 @rule("readme-from-logs", "error", "A run, count or p-value that the README lists but the logs do not give cannot be "
-      "verified.", "the field: one log under a list of thirty runs", on_figures=True)
+      "verified.", "the field: one log under a list of thirty runs", needs=("readme", "counted"))
 def readme_states_nothing_else(folder, limits):
-    if not (folder.readme and folder.counted):
-        return None
     problems = unmatched(folder, True, limits.target)
     runs, test = len(folder.counted), test_of(folder, limits)
     counts = figures.stated_counts(folder.readme)
@@ -347,9 +339,9 @@ def readme_states_nothing_else(folder, limits):
 
 
 @rule("readme-prose", "warning", "A loss or time in the text that no log gives needs its source beside it.",
-      "records/README.md, rule 5", on_figures=True)
+      "records/README.md, rule 5", needs=("readme", "counted"))
 def prose_is_sourced(folder, limits):
-    return unmatched(folder, False, limits.target) if folder.readme and folder.counted else None
+    return unmatched(folder, False, limits.target)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -422,7 +414,7 @@ def group_by(runs: list[Run], key: Callable) -> list[tuple]:
 
 
 @rule("scripts", "warning", "A training script beside the logs must be the one that ran.",
-      "records/README.md, rule 6")
+      "records/README.md, rule 6", needs=("logs", "scripts"))
 def scripts_are_those_of_the_logs(folder, limits):
     sources = ["\n".join(line.rstrip() for line in run.source.splitlines()) for run in folder.logs]
     problems = []
@@ -433,7 +425,7 @@ def scripts_are_those_of_the_logs(folder, limits):
         trains = all(re.search(word, text, re.M) for word in words)
         if trains and not any(stripped in source for source in sources):
             problems.append(f"{path.relative_to(folder.path)} is not the source of any log")
-    return problems if folder.scripts else None
+    return problems
 
 
 @rule("compile-flags", "error", "Inductor flags and torch.compile modes buy time that is not the idea's.",
@@ -566,8 +558,8 @@ def baseline_is_comparable(folder, limits):
 def apply_rules(folder: Folder, limits: Limits) -> list[Finding]:
     findings = []
     for rule in RULES:
-        applies = rule.on_figures or folder.logs or folder.unreadable and rule.id == "readable"
-        messages = rule.test(folder, limits) if applies and not (rule.of_task and folder.experiment) else None
+        applies = all(getattr(folder, name) for name in rule.needs) and not (rule.of_task and folder.experiment)
+        messages = rule.test(folder, limits) if applies else None
         status = "not applicable" if messages is None else "broken" if messages else "ok"
         findings.append(Finding(rule, status, messages or []))
     return findings
