@@ -75,11 +75,6 @@ def plural(count: int) -> str:
     return f"{count} run{'s' * (count != 1)}"
 
 
-def typeset(text: str) -> str:
-    """A minus in place of a hyphen before a number or between spaces; `p = ...` on one line."""
-    return re.sub(r"(?<![\w.-])-(?=\d)|(?<= )-(?= )", "\N{MINUS SIGN}", text).replace("p = ", "p\xa0=\xa0")
-
-
 def in_words(interval: Interval, spec: str) -> str:
     """In parentheses; empty where a side has one run."""
     return "" if math.isnan(interval.low) else (
@@ -142,11 +137,6 @@ def claims_of(groups: list[Group], judged: Group | None, r: dict | None, has_sid
 # ----------------------------------------------------------------------------------------------------------------------
 # Tables
 
-def as_page(table: Table) -> dict:
-    cells = table.rows if table.is_quoted else [[typeset(cell) for cell in row] for row in table.rows]
-    return {"caption": typeset(table.caption), "header": [typeset(cell) for cell in table.header], "rows": cells}
-
-
 def values_of(runs: list[Run], value) -> str:
     """What all runs share, or all that there is."""
     found = sorted({str(value(run)) for run in runs})
@@ -158,7 +148,7 @@ def machine_table(groups: list[Group]) -> Table:
                      for group in groups)] for name, attribute in MACHINE.items()]
     rows.append(["peak memory (MiB)", *(values_of(group.runs, lambda run: run.peak_memory_mib or "not stated")
                                         for group in groups)])
-    return Table("Hardware and versions", ["", *(group.label for group in groups)], rows, is_quoted=True)
+    return Table("Hardware and versions", ["", *(group.label for group in groups)], rows)
 
 
 def rows_of(name: str, value: str) -> dict[str, str]:
@@ -185,8 +175,8 @@ def constants_tables(groups: list[Group]) -> list[Table]:
     rows = [[name, *(values_of(runs, lambda run: run.get(name, "not stated")) for runs in constants)] for name in names]
     shared = [row for row in rows if len({run.get(row[0]) for run in chain(*constants)}) == 1]
     return [Table("Constants that differ", ["constant", *(group.label for group in groups)],
-                  [row for row in rows if row not in shared], is_quoted=True),
-            Table("Constants that all runs share", ["constant", "value"], [row[:2] for row in shared], is_quoted=True)]
+                  [row for row in rows if row not in shared]),
+            Table("Constants that all runs share", ["constant", "value"], [row[:2] for row in shared])]
 
 
 def source_difference(a: Group, b: Group) -> dict:
@@ -204,12 +194,12 @@ def source_difference(a: Group, b: Group) -> dict:
 def check_section(folder: check.Folder, findings: list[check.Finding]) -> dict:
     rows = [[f.rule.severity, f.rule.id, message, f.rule.why] for f in findings if f.status == "broken"
             for message in f.messages]
-    table = Table("Rules that are broken", ["severity", "rule", "found", "why"], rows, is_quoted=True)
+    table = Table("Rules that are broken", ["severity", "rule", "found", "why"], rows)
     kept = {words: [f.rule.id for f in findings if f.status == status]
             for status, words in (("ok", "Kept"), ("not applicable", "Not applicable"))}
     return {"verdict": check.verdict_of(folder, findings),
             "kept": " ".join(f"{words}: {', '.join(ids)}." for words, ids in kept.items() if ids),
-            "table": as_page(table)}
+            "table": table}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -312,7 +302,7 @@ def assemble(title: str, groups: list[Group], folder: check.Folder | None, findi
     r = compare.compare_sides(*(group.side for group in sides)) if sides else None
     judged = judged_of(groups, folder)
     has_sides = folder is not None and folder.has_sides
-    claims = [typeset(claim) for claim in claims_of(groups, judged, r, has_sides)] or ["No run has finished."]
+    claims = claims_of(groups, judged, r, has_sides) or ["No run has finished."]
     checked = check_section(folder, findings) if folder else None
     logged = [group for group in groups if any(run.source or run.constants for run in group.runs)]
     shown = sides or [group for group in groups if group.side and group.side.has_curve][:1]
@@ -328,14 +318,14 @@ def assemble(title: str, groups: list[Group], folder: check.Folder | None, findi
         "groups": described, "target": TARGET if judged else None,
         "thinning": f"Every validation is here. Series by step keep the lowest and the highest point of every stretch, "
                     f"{points:,} points a run at most: no peak is lost." if any(run.step_ms for run in runs) else "",
-        "sides": as_page(compare.sides_table({g.label: compare.describe_side(g.side) for g in groups if g.side})),
-        "difference": as_page(compare.difference_table(r)) if r else None,
-        "equal": [as_page(table) for table in compare.equal_tables(r or {})],
+        "sides": compare.sides_table({g.label: compare.describe_side(g.side) for g in groups if g.side}),
+        "difference": compare.difference_table(r) if r else None,
+        "equal": compare.equal_tables(r or {}),
         "warnings": r["warnings"] if r else [],
-        "step_times": as_page(table) if table else None,
-        "constants": [as_page(table) for table in constants_tables(logged)] if logged else [],
+        "step_times": table,
+        "constants": constants_tables(logged) if logged else [],
         "source": source_difference(*sides) if sides and all(run.source for g in sides for run in g.runs[:1]) else None,
-        "machine": as_page(machine_table(groups)), "runs": as_page(runs_table(groups, described)),
+        "machine": machine_table(groups), "runs": runs_table(groups, described),
         "check": checked}
 
 

@@ -11,7 +11,6 @@ class Table(NamedTuple):
     caption: str
     header: list[str]
     rows: list[list[str]]
-    is_quoted: bool = False  # the cells are the logs' own words, which stay as they are
 
     def as_text(self) -> str:
         return f"{self.caption}:\n{format_table(self.rows, self.header)}"
@@ -32,8 +31,9 @@ def format_markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def format_json(value, indent: int | None = 1) -> str:
-    """Strict JSON: nan and infinities become null. Without an indent, on one line and without spaces."""
+    """Strict JSON: nan and infinities become null, a Table an object. Without an indent on one line, without spaces."""
     def clean(value):
+        value = value._asdict() if isinstance(value, Table) else value
         if isinstance(value, dict):
             return {str(key): clean(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):

@@ -7,7 +7,6 @@ const EARLY = {loss: 0.05, difference: 0.25};  // of the run: left out at first,
 const NARROW = 600;  // pixels
 const byId = id => document.getElementById(id);
 const grouped = value => value.toLocaleString("en-US", {maximumFractionDigits: 3});
-const minus = text => String(text).replace(/^-/, "\u2212");
 const last = values => values[values.length - 1];
 const inkOf = g => `--group-${data.groups[g].label === "failed" ? 5 : Math.min(g, 4)}`;
 const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -82,7 +81,7 @@ function lossLines() {
     return {x, y: choice.y === "loss" ? curve.loss : apart, tell: i =>
       `step ${grouped(curve.step[i])}: loss ${curve.loss[i].toFixed(digits)}`
       + (curve.ms[i] === null ? "" : `, ${grouped(curve.ms[i])} ms`)
-      + (choice.y === "loss" ? "" : `, difference ${apart[i] < 0 ? "" : "+"}${minus(apart[i].toFixed(3))}`)};
+      + (choice.y === "loss" ? "" : `, difference ${apart[i] < 0 ? "" : "+"}${apart[i].toFixed(3)}`)};
   });
 }
 
@@ -102,7 +101,7 @@ function stepTimeLines() {
 function scalarLines(name) {
   return linesOf(({fields, scalars, step}) => {
     const points = fields && fields[name] || scalars[name] && {x: step, y: scalars[name]};
-    return points && {...points, tell: i => `step ${grouped(points.x[i])}: ${name} ${minus(points.y[i])}`};
+    return points && {...points, tell: i => `step ${grouped(points.x[i])}: ${name} ${points.y[i]}`};
   });
 }
 
@@ -178,7 +177,7 @@ class Chart {
     const numbers = (u, splits, i, space, step) => {
       const digits = decimalsOf([+step.toPrecision(3)]);
       const format = {minimumFractionDigits: digits, maximumFractionDigits: digits};
-      return splits.map(value => minus(value.toLocaleString("en-US", format)));
+      return splits.map(value => value.toLocaleString("en-US", format));
     };
     // The last label of the x axis is centred on its tick, which may stand at the plot's edge.
     const right = u => Math.max(14, 4 * (last(u.axes[0]._values || []) || "").length);
@@ -375,7 +374,7 @@ function legend() {
 }
 
 function table({caption, header, rows}) {
-  const isNumber = text => /^[+\u2212]?[\d,.]*(e[-\u2212]?\d+| to [+\u2212]?[\d.]+)?$/.test(text);
+  const isNumber = text => /^[+-]?[\d,.]*(e-?\d+| to [+-]?[\d.]+)?$/.test(text);
   const numeric = header.map((_, i) => i > 0 && rows.every(row => isNumber(row[i])));
   const cells = (row, scope) => row.map((text, i) => make(scope === "col" || i === 0 ? "th" : "td", {
     className: numeric[i] ? "number" : "", ...(scope === "col" || i === 0 ? {scope} : {})}, text));
@@ -501,7 +500,6 @@ document.querySelectorAll("input[type=radio]").forEach(input => input.addEventLi
   lossChart.out.replaceChildren();
   lossChart.draw();
 }));
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => charts.forEach(chart => chart.draw()));
 show();
 if (data.live) {
   byId("live").hidden = false;
