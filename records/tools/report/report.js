@@ -160,8 +160,7 @@ class Chart {
     const [low, high] = [Math.min(...ends), Math.max(...ends)], pad = low < high ? this.spec.pad * (high - low) : 0.5;
     this.whole = [low - pad, high + pad];
     const start = low + this.spec.early() * (high - low);
-    const isLong = this.lines.some(line => line.x.filter(x => x >= start).length > 2);
-    this.home = isLong && start > low ? [start, this.whole[1]] : this.whole;
+    this.home = start > low ? [start, this.whole[1]] : this.whole;
     this.u = new uPlot(this.options(), uPlot.join(this.lines.map(line => [line.x, line.y])), this.plot);
     this.marker = make("div", {className: "marker", hidden: true});
     this.u.over.append(this.marker);
@@ -365,8 +364,8 @@ function legend() {
     boxes.forEach(box => box.addEventListener("change", refresh));
     refresh();
     head.append(make("label", {}, all, boxes.length === 1 ? "1 run" : `${boxes.length} runs`));
-    const runs = group.runs.map((run, r) => make("label", {title: run.name}, boxes[r], `${r + 1}`,
-                                                 make("span", {className: "value"})));
+    const runs = group.runs.map((run, r) => make("label", {title: run.name}, boxes[r], `${r + 1}`, make(
+      "span", {className: "value"}, run.loss.length ? last(run.loss).toFixed(decimalsOf(run.loss)) : "no loss")));
     const summary = make("summary", {className: "plain"}, "each run, with its last loss");
     return make("div", {className: "group"}, head,
       make("details", {open: boxes.length < 9}, summary, make("div", {className: "group-runs"}, ...runs)));
@@ -438,7 +437,7 @@ const finalChart = new Chart(byId("final-chart"), {
                 values: (u, splits) => splits.map(g => data.groups[-g].final ? data.groups[-g].label : "")})});
 const stepChart = new Chart(byId("step-chart"), {
   title: () => "Milliseconds per step; the mean is taken between validations", lines: stepTimeLines, stepped: true});
-let charts = [lossChart, finalChart, stepChart], names = "", keys = "";
+let charts = [lossChart, finalChart, stepChart], names = "";
 
 /** One small chart for each scalar and each field of the step lines. */
 function multiples() {
@@ -455,13 +454,7 @@ function multiples() {
 
 function show() {
   texts();
-  const found = data.groups.flatMap((group, g) => group.runs.map(run => keyOf(g, run))).join();
-  if (keys !== found) legend();
-  keys = found;
-  const losses = data.groups.flatMap(group => group.runs.map(run => run.loss));
-  document.querySelectorAll("#legend .value").forEach((span, i) => {
-    span.textContent = losses[i].length ? last(losses[i]).toFixed(decimalsOf(losses[i])) : "no loss";
-  });
+  legend();
   byId("reference").textContent = reference() ? reference().label : "";
   byId("loss").hidden = !lossLines().length;
   byId("against").hidden = !curves().some(curve => curve.ms.some(ms => ms !== null));
