@@ -52,9 +52,12 @@ def groups_of(folder: check.Folder) -> list[Group]:
     """Of a record's folder or a campaign's: A (a baseline), B, then others, failed ones last."""
     if folder.published:
         return [group_of("all", folder.record, folder.path)._replace(curve=read_curve(folder.path))]
-    roles = {"A": folder.baseline, "B": folder.record} if folder.baseline else {"all": folder.record}
-    for run in folder.other:
-        roles.setdefault(check.role_of(run.path, folder.path), []).append(run)
+    own = {check.role_of(run.path, folder.path) for run in folder.record}  # one, or of several folders of equal rank
+    label = "B" if folder.baseline else "record" if folder.other else "all"
+    roles = {"A": folder.baseline}
+    for run in folder.record + folder.other:
+        role = check.role_of(run.path, folder.path)
+        roles.setdefault(label if {role} == own else role, []).append(run)
     groups = [group_of(label, runs, folder.path) for label, runs in roles.items() if runs]
     return groups + ([Group("failed", folder.failed)] if folder.failed else [])
 
@@ -65,7 +68,7 @@ def judged_of(groups: list[Group], folder: check.Folder | None) -> Group | None:
     tests = check.whole_validation_set, check.real_data
     if folder is None or folder.filed or folder.logs and any(test(folder, check.Limits()) for test in tests):
         return None
-    return next((group for group in groups if group.side and group.label in ("B", "all")), None)
+    return next((group for group in groups if group.side and group.label in ("B", "record", "all")), None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
