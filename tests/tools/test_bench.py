@@ -232,6 +232,11 @@ def test_bad_input_gets_a_sentence(arguments, sentence, monkeypatch, capsys):
     assert sentence in f"{capsys.readouterr().err}{caught.value}"
 
 
+def test_a_file_that_could_not_be_written_is_refused_before_the_measurement(pretended_gpu, tmp_path):
+    with pytest.raises(tgm.UserError, match="its folder does not exist"):
+        bench.main(["--json", str(tmp_path / "missing" / "p")])
+
+
 @pytest.mark.record
 def test_the_plan_of_the_record():
     _, *rows = plan.format_plan(tgm.Config(), 8).splitlines()

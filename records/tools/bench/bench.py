@@ -395,6 +395,8 @@ def main(arguments: list[str], config: tgm.Config = tgm.Config(), device: torch.
         return
     if not torch.cuda.is_available():
         raise tgm.UserError("a measurement needs a CUDA GPU and none is visible.")
+    if options.json and not Path(options.json).parent.is_dir():  # better now than after the measurement
+        raise tgm.UserError(f"{options.json} cannot be written: its folder does not exist.")
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as in a run
     torch._inductor.config.coordinate_descent_tuning = False  # minutes of compilation, another result every time
     facts = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": metadata.version("triton"),
