@@ -69,11 +69,10 @@ class Chromium:
         elif method == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])
 
-    def open(self, address: str, width: int = 1280, scheme: str = "light") -> None:
+    def open(self, address: str, width: int = 1280) -> None:
         """Another page, with empty `problems` and `requests`."""
         self.problems, self.requests = [], []
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.call("Page.navigate", url=address)
         self.wait("document.readyState === 'complete'")
 

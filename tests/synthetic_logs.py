@@ -5,6 +5,8 @@ from uuid import UUID
 
 import numpy as np
 
+from run_log import read_log
+
 SOURCE = '''"""A stand-in for the training script."""
 import math
 import torch
@@ -108,6 +110,12 @@ def write_log(folder: Path, spec: Spec, name: str | None = None) -> Path:
     return path
 
 
+def write_logs(folder: Path, specs: list[Spec]) -> Path:
+    for spec in specs:
+        write_log(folder, spec)
+    return folder
+
+
 def record_specs(losses=LOSSES, **changes) -> list[Spec]:
     return [Spec(**{"loss": loss, "seed": seed} | changes) for seed, loss in enumerate(losses)]
 
@@ -117,15 +125,9 @@ def baseline_specs(**changes) -> list[Spec]:
             for i, loss in enumerate(LOSSES[:4])]
 
 
-def final_seconds(path: Path) -> float:
-    """Train time of a log's last validation."""
-    last = [line for line in path.read_text().splitlines() if "val_loss" in line][-1]
-    return float(last.split("train_time:")[1].split("ms")[0]) / 1000
-
-
 def readme_text(folder: Path, specs: list[Spec]) -> str:
     """A README whose figures are those of the logs in `folder`."""
-    seconds = [final_seconds(folder / f"{spec.run_id}.txt") for spec in specs]
+    seconds = [read_log(folder / f"{spec.run_id}.txt").train_seconds for spec in specs]
     rows = [f"| {i} | {spec.loss:.{spec.decimals}f} | {s:.3f} |" for i, (spec, s) in enumerate(zip(specs, seconds), 1)]
     mean = np.mean([round(spec.loss, spec.decimals) for spec in specs])
     return "\n".join([
@@ -136,10 +138,8 @@ def readme_text(folder: Path, specs: list[Spec]) -> str:
 def write_record(folder: Path, specs: list[Spec] | None = None, baseline: list[Spec] | None = None) -> Path:
     """A folder that keeps every rule: logs, a baseline's logs and a README."""
     specs = record_specs() if specs is None else specs
-    for spec in specs:
-        write_log(folder, spec)
-    for spec in baseline_specs() if baseline is None else baseline:
-        write_log(folder / "baseline", spec)
+    write_logs(folder, specs)
+    write_logs(folder / "baseline", baseline_specs() if baseline is None else baseline)
     (folder / "README.md").write_text(readme_text(folder, specs))
     (folder / "train.py").write_text(specs[0].source.format(num_iterations=specs[0].num_iterations))
     return folder

@@ -183,16 +183,12 @@ def campaign(a: str, b: str, num_runs: int, preset: str, out: Path, as_json: boo
         print(f"campaign: run {len(outcomes) + 1} of {len(order)}, {side}: {a if side == 'A' else b}", file=sys.stderr)
         number = order[:len(outcomes)].count(side) + 1
         outcomes.append(run_once(scripts[side], side, number, sides[side].preset, launcher))
-        write_summary(out, a, b, [side.preset for side in sides.values()], order, outcomes)
+        runs = [outcome._asdict() | {"log": outcome.log and str(outcome.log.relative_to(out))} for outcome in outcomes]
+        write_text(out / "campaign.json", format_json({  # what was planned and what became of it, after every run
+            "A": a, "B": b, "presets": [side.preset for side in sides.values()], "order": order, "runs": runs}))
         if outcomes[-1].fault == "interrupted":
             break
     return conclude(out, outcomes, as_json)
-
-
-def write_summary(out: Path, a: str, b: str, presets: list[str], order: str, outcomes: list[Outcome]) -> None:
-    """campaign.json: what was planned and what became of it, after every run."""
-    runs = [outcome._asdict() | {"log": outcome.log and str(outcome.log.relative_to(out))} for outcome in outcomes]
-    write_text(out / "campaign.json", format_json({"A": a, "B": b, "presets": presets, "order": order, "runs": runs}))
 
 
 def conclude(out: Path, outcomes: list[Outcome], as_json: bool) -> int:

@@ -78,12 +78,15 @@ class Folder:
 
 
 class Rule(NamedTuple):
-    """`test` returns what is wrong, one sentence each; None if the folder has nothing to apply it to."""
+    """`test` returns what is wrong, one sentence each; None if the folder has nothing to apply it to.
+
+    needs: names of what a Folder must have, so that there is something to apply it to.
+    """
     id: str
     severity: str  # error, warning or note
     why: str
     origin: str
-    on_figures: bool  # applies to published figures too
+    needs: tuple[str, ...]
     of_task: bool  # demanded by the record's task, and not of an experiment
     test: Callable[[Folder, Limits], list[str] | None]
 
@@ -98,10 +101,10 @@ class Finding(NamedTuple):
 RULES: list[Rule] = []
 
 
-def rule(id: str, severity: str, why: str, origin: str, on_figures: bool = False, of_task: bool = False):
+def rule(id: str, severity: str, why: str, origin: str, needs: tuple[str, ...] = ("logs",), of_task: bool = False):
     """Adds the decorated test to RULES."""
     def register(test):
-        RULES.append(Rule(id, severity, why, origin, on_figures, of_task, test))
+        RULES.append(Rule(id, severity, why, origin, needs, of_task, test))
         return test
     return register
 
@@ -123,8 +126,8 @@ def read_folder(path: Path) -> Folder:
     """Everything `check` looks at; damaged logs become sentences. Raises RecordError if there is no such folder."""
     if not path.is_dir():
         raise RecordError(f"{path} is not a folder: name a record's folder.")
-    readmes = sorted(file for file in path.iterdir() if file.name.lower() in ("readme.md", "readme.txt", "readme"))
-    folder = Folder(path, readmes[0].read_text(encoding="utf-8", errors="replace").strip() if readmes else "")
+    readme = path / "README.md"
+    folder = Folder(path, readme.read_text(encoding="utf-8", errors="replace").strip() if readme.exists() else "")
     folder.scripts = sorted(file for file in walk(path) if file.suffix == ".py")
     roles: dict[str, list[Run]] = {}
     for log in find_logs(path):
@@ -140,20 +143,9 @@ def read_folder(path: Path) -> Folder:
     else:
         folder.record = roles.pop("record", None) or list(chain(*roles.values()))
     folder.other = [run for run in chain(*roles.values()) if run not in folder.record]
-    if not folder.logs and not folder.unreadable:
-        read_figures_only(folder)
+    if not folder.logs and not folder.unreadable and (path / "published.json").exists():
+        folder.record, folder.published = read_published(path / "published.json")
     return folder
-
-
-def read_figures_only(folder: Folder) -> None:
-    """Fills in what is published in place of logs: published.json, otherwise the losses that the README lists."""
-    if (folder.path / "published.json").exists():
-        folder.record, folder.published = read_published(folder.path / "published.json")
-    elif folder.readme:
-        losses = figures.listed_losses(folder.readme, TARGET)
-        if losses:
-            folder.published = {"val_loss": losses}
-            folder.record = [Run.of_figures(folder.path, loss) for loss in losses]
 
 
 def final_losses(runs: list[Run]) -> list[float]:
@@ -176,16 +168,16 @@ def name_of(run: Run) -> str:
 # What is there
 
 @rule("readme", "error", "A claim needs its words: what changed, against which baseline.",
-      "records/README.md, how to submit", on_figures=True)
+      "records/README.md, how to submit", needs=())
 def has_readme(folder, limits):
     if folder.has_sides and not folder.filed:
         return None
     return [] if folder.readme else ["there is no README.md, or it is empty"]
 
 
-@rule("readable", "error", "A log that cannot be read proves nothing.", "records/README.md, rule 6")
+@rule("readable", "error", "A log that cannot be read proves nothing.", "records/README.md, rule 6", needs=())
 def all_readable(folder, limits):
-    return folder.unreadable
+    return folder.unreadable if folder.unreadable or folder.logs else None
 
 
 @rule("finished", "error", "A run without a final loss cannot count, and leaving it out would choose among runs; "
@@ -206,7 +198,7 @@ def none_left_out(folder, limits):
             and run.source in sources and same_constants(run, folder.record[0])]
 
 
-@rule("unique", "error", "A run counted twice feigns evidence.", "the field: runs counted twice", on_figures=True)
+@rule("unique", "error", "A run counted twice feigns evidence.", "the field: runs counted twice", needs=())
 def no_run_twice(folder, limits):
     runs = [run for run in folder.record + folder.baseline + folder.other if run.finished]
     finals = Counter((f"{run.final_loss:.6f}", f"{run.train_seconds:.3f}") for run in runs
@@ -219,19 +211,16 @@ def no_run_twice(folder, limits):
 
 @rule("seeds", "error", "Runs of one seed are not independent samples.", "the t-test's assumption")
 def seeds_differ(folder, limits):
-    seeds = [run.constants["drawn seed"] for run in folder.record if "drawn seed" in run.constants]
-    return [f"seed {seed} was used {count} times" for seed, count in Counter(seeds).items() if count > 1] \
-        if seeds else None
+    seeds = Counter(run.constants["drawn seed"] for run in folder.record if "drawn seed" in run.constants)
+    return [f"seed {seed} was used {count} times" for seed, count in seeds.items() if count > 1] if seeds else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Statistics
 
 @rule("target-t", "error", f"The mean of all runs must be below the target with p < {ALPHA} (one-sided t-test).",
-      "records/README.md, rule 1", on_figures=True, of_task=True)
+      "records/README.md, rule 1", needs=("counted",), of_task=True)
 def t_test_passes(folder, limits):
-    if not folder.counted:
-        return None
     test = test_of(folder, limits)
     if test.mean > limits.target:
         return [f"mean loss {test.mean:.6f} is above {limits.target}" + (
@@ -245,20 +234,16 @@ def t_test_passes(folder, limits):
 
 
 @rule("target-z", "warning", "Few runs that happen to agree pass a t-test at any margin; the field's pooled sigma does "
-      "not.", "the field: records of n = 2", on_figures=True, of_task=True)
+      "not.", "the field: records of n = 2", needs=("counted",), of_task=True)
 def z_test_passes(folder, limits):
-    if not folder.counted:
-        return None
     test = test_of(folder, limits)
     return [] if test.z_p < ALPHA else [f"with sigma {limits.sigma:g}: z = {test.z:.2f}, p = {format_p(test.z_p)} is "
                                         f"not below {ALPHA}"]
 
 
 @rule("n-needed", "note", f"The runs that pass with {POWER:.0%} power at this margin: fewer, and luck decided.",
-      "planning by power", on_figures=True, of_task=True)
+      "planning by power", needs=("counted",), of_task=True)
 def enough_runs(folder, limits):
-    if not folder.counted:
-        return None
     test = test_of(folder, limits)
     margin = limits.target - test.mean
     if margin <= 0:
@@ -315,15 +300,9 @@ def unmatched(folder: Folder, listed: bool, target: float) -> list[str]:
             for kind, texts in problems.items() if texts]
 
 
-def comparable(folder: Folder) -> bool:
-    return bool(folder.readme and folder.counted and not set(folder.published or ()) == {"val_loss"})
-
-
 @rule("readme-has-runs", "error", "Every run's loss, and its time or the mean time, stands in the README: all runs "
-      "count.", "records/README.md, rule 7; the field: logs not among the listed runs", on_figures=True)
+      "count.", "records/README.md, rule 7; the field: logs not among the listed runs", needs=("readme", "counted"))
 def readme_lists_every_run(folder, limits):
-    if not comparable(folder):
-        return None
     stated = figures.read_figures(folder.readme)
     losses = [f for f in stated if figures.is_loss(f, [run.final_loss for run in folder.counted], limits.target)]
     missing = [f"{run.final_loss:.6f}" for run in folder.counted if not any(f.rounds(run.final_loss) for f in losses)]
@@ -340,31 +319,29 @@ def readme_lists_every_run(folder, limits):
 
 
 @rule("readme-from-logs", "error", "A run, count or p-value that the README lists but the logs do not give cannot be "
-      "verified.", "the field: one log under a list of thirty runs", on_figures=True)
+      "verified.", "the field: one log under a list of thirty runs", needs=("readme", "counted"))
 def readme_states_nothing_else(folder, limits):
-    if not comparable(folder):
-        return None
     problems = unmatched(folder, True, limits.target)
     runs, test = len(folder.counted), test_of(folder, limits)
     counts = figures.stated_counts(folder.readme)
     if counts and runs not in counts:
         problems.append(f"the README speaks of {shown(sorted(counts))} runs, there are {runs}")
-    p_values = figures.stated_p_values(folder.readme)
+    p_values = figures.P_VALUE.findall(folder.readme)
     tests = {"t-test": test.t_p, "z-test": test.z_p}
     if folder.experiment:  # which compares two sides
         baseline = final_losses(folder.baseline)
         tests = {"Welch's test": welch(baseline, final_losses(folder.counted)).p} if baseline else {}
     computed = {name: p for name, p in tests.items() if not math.isnan(p)}
-    if p_values and not any(figures.p_rounds(text, p) for text, _ in p_values for p in computed.values()):
-        problems.append(f"the README's p = {shown(text for text, _ in p_values)} is not the runs' "
+    if p_values and not any(figures.p_rounds(text, p) for text in p_values for p in computed.values()):
+        problems.append(f"the README's p = {shown(p_values)} is not the runs' "
                         f"({', '.join(f'{name} {format_p(p)}' for name, p in computed.items()) or 'no test'})")
     return problems
 
 
 @rule("readme-prose", "warning", "A loss or time in the text that no log gives needs its source beside it.",
-      "records/README.md, rule 5", on_figures=True)
+      "records/README.md, rule 5", needs=("readme", "counted"))
 def prose_is_sourced(folder, limits):
-    return unmatched(folder, False, limits.target) if comparable(folder) else None
+    return unmatched(folder, False, limits.target)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -437,7 +414,7 @@ def group_by(runs: list[Run], key: Callable) -> list[tuple]:
 
 
 @rule("scripts", "warning", "A training script beside the logs must be the one that ran.",
-      "records/README.md, rule 6")
+      "records/README.md, rule 6", needs=("logs", "scripts"))
 def scripts_are_those_of_the_logs(folder, limits):
     sources = ["\n".join(line.rstrip() for line in run.source.splitlines()) for run in folder.logs]
     problems = []
@@ -448,7 +425,7 @@ def scripts_are_those_of_the_logs(folder, limits):
         trains = all(re.search(word, text, re.M) for word in words)
         if trains and not any(stripped in source for source in sources):
             problems.append(f"{path.relative_to(folder.path)} is not the source of any log")
-    return problems if folder.scripts else None
+    return problems
 
 
 @rule("compile-flags", "error", "Inductor flags and torch.compile modes buy time that is not the idea's.",
@@ -581,8 +558,8 @@ def baseline_is_comparable(folder, limits):
 def apply_rules(folder: Folder, limits: Limits) -> list[Finding]:
     findings = []
     for rule in RULES:
-        applies = rule.on_figures or folder.logs or folder.unreadable and rule.id == "readable"
-        messages = rule.test(folder, limits) if applies and not (rule.of_task and folder.experiment) else None
+        applies = all(getattr(folder, name) for name in rule.needs) and not (rule.of_task and folder.experiment)
+        messages = rule.test(folder, limits) if applies else None
         status = "not applicable" if messages is None else "broken" if messages else "ok"
         findings.append(Finding(rule, status, messages or []))
     return findings
@@ -611,11 +588,6 @@ def verdict_of(folder: Folder, findings: list[Finding]) -> str:
     return f"holds, with {warnings}" if broken["warning"] else "holds: every rule is kept"
 
 
-def has_errors(folder: Folder, findings: list[Finding]) -> bool:
-    errors = any(f.status == "broken" and f.rule.severity == "error" for f in findings)
-    return errors or not (folder.counted or folder.published)
-
-
 def describe_statistics(folder: Folder, limits: Limits) -> dict:
     """The record's figures by its runs, as plain values; empty without a finished run."""
     if not folder.counted:
@@ -634,7 +606,7 @@ def describe_statistics(folder: Folder, limits: Limits) -> dict:
 
 
 def check(path: Path, limits: Limits, as_json: bool) -> int:
-    """Prints the report; 0 if no rule of severity error is broken, otherwise 1."""
+    """Prints the report; 1 if a rule of severity error is broken, or there is nothing to judge, otherwise 0."""
     folder = read_folder(path)
     findings = apply_rules(folder, limits)
     statistics, verdict = describe_statistics(folder, limits), verdict_of(folder, findings)
@@ -644,19 +616,14 @@ def check(path: Path, limits: Limits, as_json: bool) -> int:
         print(format_json({"folder": str(path), "verdict": verdict, "statistics": statistics, "rules": rules}))
     else:
         print(report(folder, findings, statistics, verdict))
-    return int(has_errors(folder, findings))
+    errors = any(f.status == "broken" and f.rule.severity == "error" for f in findings)
+    return int(errors or not (folder.counted or folder.published))
 
 
 def report(folder: Folder, findings: list[Finding], statistics: dict, verdict: str) -> str:
     lines = [f"{folder.path}: {verdict}", ""]
     if statistics:
-        s = statistics
-        lines += [format_table([
-            ["runs", f"{s['n']} (baseline {s['baseline_runs']}, failed {s['failed_runs']}, other {s['other_runs']})"],
-            ["loss", plus_minus(s["mean"], s["std"], ".6f") + " nats/token" + (
-                f", 95 % interval {s['low']:.6f} to {s['high']:.6f}" if s["n"] > 1 else "")],
-            ["train time", plus_minus(s["train_seconds_mean"], s["train_seconds_std"], ".3f") + " s"],
-            *([] if folder.experiment else against_the_target(s))]), ""]
+        lines += [format_table(statistics_rows(folder, statistics)), ""]
     broken = [finding for finding in findings if finding.status == "broken"]
     if broken:
         lines += [format_table([[f.rule.severity, f.rule.id, message] for f in broken for message in f.messages]), "",
@@ -668,10 +635,17 @@ def report(folder: Folder, findings: list[Finding], statistics: dict, verdict: s
     return "\n".join(lines)
 
 
-def against_the_target(s: dict) -> list[list[str]]:
-    """Rows of the report: both tests, and the runs that they need."""
-    needed = s["runs_needed"] or "no number"
-    return [[f"t-test, mean <= {s['target']}", f"t = {s['t']:.2f}, p = {format_p(s['t_p'])}"
+def statistics_rows(folder: Folder, s: dict) -> list[list[str]]:
+    """s: of `describe_statistics`. Runs, loss and time; of a record also both tests, and the runs that they need."""
+    rows = [["runs", f"{s['n']} (baseline {s['baseline_runs']}, failed {s['failed_runs']}, other {s['other_runs']})"],
+            ["loss", plus_minus(s["mean"], s["std"], ".6f") + " nats/token" + (
+                f", 95 % interval {s['low']:.6f} to {s['high']:.6f}" if s["n"] > 1 else "")],
+            ["train time", plus_minus(s["train_seconds_mean"], s["train_seconds_std"], ".3f") + " s"]]
+    if folder.experiment:
+        return rows
+    return [*rows,
+            [f"t-test, mean <= {s['target']}", f"t = {s['t']:.2f}, p = {format_p(s['t_p'])}"
              if math.isfinite(s["t"]) else "none: it needs runs that differ"],
             [f"z-test, sigma {s['sigma']:g}", f"z = {s['z']:.2f}, p = {format_p(s['z_p'])}"],
-            [f"runs needed for p < {ALPHA}", f"{needed} at this margin ({s['margin']:.6f}), {POWER:.0%} power"]]
+            [f"runs needed for p < {ALPHA}",
+             f"{s['runs_needed'] or 'no number'} at this margin ({s['margin']:.6f}), {POWER:.0%} power"]]

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from curves import Curve, Side, mean_curve, read_side
-from inference import CONFIDENCE, Interval, paired, plus_minus, std, welch
+from inference import CONFIDENCE, Interval, format_p, mean_interval, paired, signed, std, welch
 from run_log import Run
-from tables import format_json, format_table
+from tables import Table, format_json
 
 SLOPE_STEPS = 0.05  # of the run: the last part of the loss curve, whose slope turns loss into steps
 ROWS = 12  # of the tables
@@ -116,14 +116,6 @@ def rows_at_equal(name: str, a: Curve, b: Curve) -> list[dict]:
             for x in np.linspace(end / ROWS, end, ROWS)]
 
 
-def final_slope(curve: Curve) -> tuple[float, int]:
-    """Loss per step over the last 5 % of the run (two validations at least), and the step at which this part begins."""
-    start = min(int(np.searchsorted(curve.steps, curve.steps[-1] * (1 - SLOPE_STEPS), side="right")) - 1,
-                len(curve.steps) - 2)
-    slope = np.polyfit(curve.steps[start:], curve.losses[start:], 1)[0]
-    return float(slope), int(curve.steps[start])
-
-
 def first_reach(run: Run, loss: float, slope: float) -> tuple[float, bool]:
     """The step at which a run's validation loss, linear between validations, first is at or below `loss`.
 
@@ -140,10 +132,13 @@ def first_reach(run: Run, loss: float, slope: float) -> tuple[float, bool]:
 
 
 def slope_beyond(curve: Curve) -> float:
-    """Loss per step with which a curve is continued: that of its end or, if it rises there, of its second half."""
-    slope, _ = final_slope(curve)
-    half = curve.steps >= curve.steps[-1] / 2
-    return slope if slope < 0 or half.sum() < 2 else float(np.polyfit(curve.steps[half], curve.losses[half], 1)[0])
+    """Loss per step with which a curve is continued: that of its last 5 % or, if it rises there, of its second half; of
+    two validations at least."""
+    slopes = []
+    for begin in ((1 - SLOPE_STEPS) * curve.steps[-1], curve.steps[-1] / 2):
+        first = min(int(np.searchsorted(curve.steps, begin, side="right")) - 1, len(curve.steps) - 2)
+        slopes.append(float(np.polyfit(curve.steps[first:], curve.losses[first:], 1)[0]))
+    return slopes[0] if slopes[0] < 0 else slopes[1]
 
 
 def steps_at_equal_loss(a: Side, b: Side, curves: tuple[Curve, Curve]) -> dict:
@@ -207,24 +202,25 @@ def warnings_for(a: Side, b: Side) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------------------
 # The command
 
+def describe_side(side: Side) -> dict:
+    low, high = mean_interval(side.losses)
+    return {"name": side.name, "n": len(side.runs), "steps": side.num_iterations,
+            "loss_mean": float(np.mean(side.losses)), "loss_std": std(side.losses), "loss_low": low, "loss_high": high,
+            "seconds_mean": float(np.mean(side.seconds)), "seconds_std": std(side.seconds),
+            "ms_per_step": 1000 * float(np.mean(side.seconds)) / max(side.num_iterations, 1)}
+
+
 def compare_sides(a: Side, b: Side) -> dict:
     """Everything that `compare` prints, as plain values; seconds, nats/token, b minus a."""
-    result = {name: {"name": side.name, "n": len(side.runs), "steps": side.num_iterations,
-                     "loss_mean": float(np.mean(side.losses)), "loss_std": std(side.losses),
-                     "seconds_mean": float(np.mean(side.seconds)), "seconds_std": std(side.seconds),
-                     "ms_per_step": 1000 * float(np.mean(side.seconds)) / max(side.num_iterations, 1)}
-              for name, side in (("a", a), ("b", b))}
-    result |= {"confidence": CONFIDENCE, "loss_difference": asdict(welch(a.losses, b.losses)),
-               "seconds_difference": asdict(welch(a.seconds, b.seconds)), "warnings": warnings_for(a, b)}
+    result = {"a": describe_side(a), "b": describe_side(b), "confidence": CONFIDENCE,
+              "loss_difference": asdict(welch(a.losses, b.losses)),
+              "seconds_difference": asdict(welch(a.seconds, b.seconds)), "warnings": warnings_for(a, b)}
     pairs = paired_losses(a, b)
     if pairs:
         result["loss_difference_paired_by_seed"] = asdict(paired(*pairs))
     if a.has_curve and b.has_curve:
         curves = mean_curve(a), mean_curve(b)
-        slope, start = final_slope(curves[0])
-        result |= {"loss_at_equal": loss_rows(*curves), "loss_per_step_at_the_end": slope, "slope_from_step": start,
-                   "loss_difference_in_steps": result["loss_difference"]["value"] / slope if slope < 0 else math.nan,
-                   "steps_at_equal_loss": steps_at_equal_loss(a, b, curves)}
+        result |= {"loss_at_equal": loss_rows(*curves), "steps_at_equal_loss": steps_at_equal_loss(a, b, curves)}
         if math.isfinite(curves[0].seconds[-1] + curves[1].seconds[-1]):
             result |= explain_times(a, b)
     return result
@@ -247,52 +243,74 @@ def explain_times(a: Side, b: Side) -> dict:
                                            for (_, first), last, numbers in step_time_rows(by_share)]}
 
 
-def name_row(row: dict) -> list[str]:
-    if "share" in row:
-        return ["{:.0%} to {:.0%}".format(*row["share"])]
-    return [f"{row['tokens']:,}", "-".join(map(str, sorted(set(row["windows"]))))]
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables, of the command, the report's page and a record's README
+
+def or_blank(value: float, spec: str) -> str:
+    return signed(value, spec) if math.isfinite(value) else ""
+
+
+def between(low: float, high: float, spec: str) -> str:
+    return f"{low:{spec}} to {high:{spec}}" if math.isfinite(low) else ""
+
+
+def sides_table(sides: dict[str, dict]) -> Table:
+    """sides: of `describe_side`, by label."""
+    return Table("Runs that finished", ["", "n", "steps", "mean loss", "std", f"{CONFIDENCE:.0%} interval",
+                                        "mean time (s)", "std", "ms/step"], [
+        [label, str(s["n"]), f"{s['steps']:,}", f"{s['loss_mean']:.6f}", or_blank(s["loss_std"], ".6f"),
+         between(s["loss_low"], s["loss_high"], ".6f"), or_blank(s["seconds_mean"], ".3f"),
+         or_blank(s["seconds_std"], ".3f"), or_blank(s["ms_per_step"], ".2f")] for label, s in sides.items()])
+
+
+def difference_table(r: dict) -> Table:
+    found = [("final loss (nats/token)", r["loss_difference"], "+.6f"),
+             ("the same, paired by seed (Student)", r.get("loss_difference_paired_by_seed"), "+.6f"),
+             ("training time (s)", r["seconds_difference"], "+.3f"),
+             *((f"of which {PARTS[name]} (s)", part, "+.3f") for name, part in r.get("decomposition", {}).items()),
+             ("steps at equal loss", r.get("steps_at_equal_loss", {}).get("difference"), "+.1f")]
+    return Table(f"B - A, {basis(r)}", ["", "difference", f"{CONFIDENCE:.0%} interval", "p"], [
+        [name, signed(i["value"], spec), between(i["low"], i["high"], spec),
+         format_p(i["p"]) if math.isfinite(i["p"]) else ""]
+        for name, i, spec in found if i and math.isfinite(i["value"])])
+
+
+def step_time_table(r: dict, labels: list[str]) -> Table | None:
+    """ms per step by window, or by share of the run where logs do not state it; for one side, its own columns alone."""
+    sides, both = "ab"[:len(labels)], len(labels) > 1
+    for key, title, names in (("window", "at equal window and batch", ["tokens of a batch", "window (blocks)"]),
+                              ("share", "at equal share of the run: the logs do not state windows", ["share"])):
+        rows = [[*(["{:.0%} to {:.0%}".format(*row["share"])] if key == "share" else
+                   [f"{row['tokens']:,}", "-".join(map(str, sorted(set(row["windows"]))))]),
+                 *(f"{row[f'steps_{side}']:,}" for side in sides),
+                 *(or_blank(row[f"ms_{side}"], ".2f") for side in sides),
+                 *[or_blank(row["ms_b"] - row["ms_a"], "+.2f")] * both]
+                for row in r.get(f"ms_per_step_at_equal_{key}", [])]
+        if rows:
+            columns = [f"{what} {label}".strip() for what in ("steps", "ms/step") for label in labels]
+            return Table(f"ms/step {title}", [*names, *columns, *["B - A"] * both], rows)
+    return None
+
+
+def equal_tables(r: dict) -> list[Table]:
+    """Loss at equal step, time and tokens."""
+    return [Table(f"Loss at equal {key}", [name, "A", "B", "B - A"], [
+        [format(row[name], spec), f"{row['loss_a']:.6f}", f"{row['loss_b']:.6f}",
+         f"{row['loss_b'] - row['loss_a']:+.6f}"] for row in rows])
+        for key, name, spec in (("step", "step", ",d"), ("time", "seconds", ",.1f"), ("tokens", "tokens", ",.0f"))
+        if (rows := r.get("loss_at_equal", {}).get(key))]
 
 
 def report(r: dict) -> str:
-    a, b = r["a"], r["b"]
-    lines = [format_table([[key, str(s["n"]), f"{s['steps']:,}", plus_minus(s["loss_mean"], s["loss_std"], ".6f"),
-                            plus_minus(s["seconds_mean"], s["seconds_std"], ".3f"), f"{s['ms_per_step']:.2f}",
-                            s["name"]] for key, s in (("A", a), ("B", b))],
-                          ["", "runs", "steps", "loss (nats/token)", "train time (s)", "ms/step", "name"]), "",
-             f"B - A, {basis(r)}:"]
-    rows = [[name, Interval(**r[key]).format(spec, unit)] for name, key, spec, unit in (
-        ("loss", "loss_difference", "+.6f", " nats/token"),
-        ("  paired by seed (Student)", "loss_difference_paired_by_seed", "+.6f", " nats/token"),
-        ("time", "seconds_difference", "+.3f", " s")) if key in r]
-    rows += [[f"  {PARTS[name]}", Interval(**part).format("+.3f", " s")]
-             for name, part in r.get("decomposition", {}).items()]
-    if "loss_per_step_at_the_end" in r:
-        at_equal = Interval(**r["steps_at_equal_loss"]["difference"]).format("+.1f", " steps")
-        rows.append(["steps at equal loss", f"{at_equal}: {describe_equal_loss(r)}"])
-        steps, slope, start = r["loss_difference_in_steps"], r["loss_per_step_at_the_end"], r["slope_from_step"]
-        rows.append(["loss in steps", f"{abs(steps):.1f} steps {'gained' if steps > 0 else 'lost'}: A's curve falls by "
-                     f"{-slope:.2g} nats/token a step from step {start:,} on" if slope < 0 else
-                     f"no number: A's curve does not fall from step {start:,} on"])
-    lines.append(format_table(rows))
-    for key, title, header in (
-            ("window", "equal window and batch", ["tokens of a batch", "window (blocks)"]),
-            ("share", "equal share of the run", ["share"])):
-        table = r.get(f"ms_per_step_at_equal_{key}", [])
-        if table:
-            lines += ["", f"ms/step at {title}:", format_table(
-                [[*name_row(row), f"{row['steps_a']:,}", f"{row['steps_b']:,}",
-                  *(f"{ms:{sign}.2f}" if math.isfinite(ms) else "" for ms, sign in (
-                      (row["ms_a"], ""), (row["ms_b"], ""), (row["ms_b"] - row["ms_a"], "+")))] for row in table],
-                [*header, "steps A", "steps B", "A", "B", "B - A"])]
-    if "loss_at_equal" not in r:
-        lines += ["", "No curves on one side: fewer and faster steps cannot be told apart."]
-    for key, title, unit in (("step", "step", ",d"), ("time", "seconds", ",.1f"), ("tokens", "tokens", ",.0f")):
-        curve_rows = r.get("loss_at_equal", {}).get(key)
-        if curve_rows:
-            lines += ["", f"Loss at equal {key}:", format_table(
-                [[format(row[title], unit), f"{row['loss_a']:.6f}", f"{row['loss_b']:.6f}",
-                  f"{row['loss_b'] - row['loss_a']:+.6f}"] for row in curve_rows], [title, "A", "B", "B - A"])]
-    return "\n".join([*lines, *([""] if r["warnings"] else []), *(f"warning: {line}" for line in r["warnings"])])
+    sides, times = {"A": r["a"], "B": r["b"]}, step_time_table(r, ["A", "B"])
+    parts = [sides_table(sides).as_text(), difference_table(r).as_text(), *([times.as_text()] if times else []),
+             *(table.as_text() for table in equal_tables(r))]
+    parts[0] += "".join(f"\n{label}: {side['name']}" for label, side in sides.items())
+    if "steps_at_equal_loss" in r:
+        parts[1] += f"\nSteps at equal loss: {describe_equal_loss(r)}."
+    else:
+        parts.append("No curves on one side: fewer and faster steps cannot be told apart.")
+    return "\n\n".join(parts + ["\n".join(f"warning: {line}" for line in r["warnings"])]).rstrip()
 
 
 def compare(path_a: Path, path_b: Path, as_json: bool) -> None:

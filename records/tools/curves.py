@@ -7,8 +7,6 @@ import numpy as np
 
 from run_log import RecordError, Run, find_logs, read_log, read_published, read_runs
 
-TASK_VOCAB = "50257"  # GPT-2's, as our logs state it; other logs are of this task
-
 
 class Side(NamedTuple):
     """Runs of one script: all finished, all of one length."""
@@ -31,11 +29,6 @@ class Side(NamedTuple):
     @property
     def has_curve(self) -> bool:
         return all(len(run.validations) > 2 for run in self.runs)
-
-    @property
-    def has_task_loss(self) -> bool:
-        """Whether the losses are of the record's tokens, so that its target says something about them."""
-        return all(run.constants.get("vocab_size", TASK_VOCAB) == TASK_VOCAB for run in self.runs)
 
     def stated(self, name: str) -> np.ndarray | None:
         """`windows` or `tokens` of the runs, step by step; None if a log does not state them, or not the same."""

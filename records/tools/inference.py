@@ -1,5 +1,6 @@
 """The statistics of a record: one-sample tests against the target, Welch's comparison, power."""
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,11 +26,6 @@ class Interval:
     high: float
     p: float
 
-    def format(self, spec: str, unit: str = "") -> str:
-        value = signed(self.value, spec) + unit
-        return value if math.isnan(self.low) else (
-            f"{value} [{signed(self.low, spec)}, {signed(self.high, spec)}], p = {format_p(self.p)}")
-
 
 @dataclass(frozen=True)
 class TargetTest:
@@ -44,10 +40,6 @@ class TargetTest:
     low: float
     high: float
     runs_needed: int | None
-
-    @property
-    def standard_error(self) -> float:
-        return self.std / math.sqrt(self.n)
 
 
 def format_p(p: float) -> str:
@@ -70,9 +62,9 @@ def std(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
-def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """Student's interval of the mean; nan for one value."""
-    half = stats.t.ppf((1 + confidence) / 2, max(len(values) - 1, 1)) * std(values) / math.sqrt(len(values))
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, max(len(values) - 1, 1)) * std(values) / math.sqrt(len(values))
     return float(np.mean(values) - half), float(np.mean(values) + half)
 
 
@@ -88,7 +80,7 @@ def against_target(losses: Sequence[float], target: float = TARGET, sigma: float
                       z, float(stats.norm.cdf(z)), *mean_interval(losses), runs_needed(target - mean, sigma))
 
 
-def welch(a: Sequence[float], b: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+def welch(a: Sequence[float], b: Sequence[float]) -> Interval:
     """mean(b) - mean(a) without assuming equal spreads [Welch 1947]; degrees of freedom by Satterthwaite."""
     difference = float(np.mean(b) - np.mean(a))
     if min(len(a), len(b)) < 2:
@@ -98,7 +90,7 @@ def welch(a: Sequence[float], b: Sequence[float], confidence: float = CONFIDENCE
     if error == 0:
         return Interval(difference, difference, difference, 1.0 if difference == 0 else 0.0)
     freedom = variances.sum() ** 2 / (variances ** 2 / np.array([len(a) - 1, len(b) - 1])).sum()
-    half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * error
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
     return Interval(difference, difference - half, difference + half,
                     float(2 * stats.t.sf(abs(difference) / error, freedom)))
 
@@ -121,13 +113,8 @@ def runs_needed(margin: float, sigma: float = POOLED_SIGMA, alpha: float = ALPHA
     """Smallest n at which the t-test reaches p < alpha with this power; None if 100,000 runs would not do."""
     if margin <= 0 or runs_needed_z(margin, sigma, alpha, power) > MAX_RUNS:
         return None
-    low, high = 1, 2
-    while t_test_power(high, margin, sigma, alpha) < power:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if t_test_power(middle, margin, sigma, alpha) >= power else (middle, high)
-    return high
+    numbers = range(2, 2 * runs_needed_z(margin, sigma, alpha, power) + 100)
+    return numbers[bisect_left(numbers, power, key=lambda n: t_test_power(n, margin, sigma, alpha))]
 
 
 def runs_needed_z(margin: float, sigma: float = POOLED_SIGMA, alpha: float = ALPHA, power: float = POWER) -> int:

@@ -9,9 +9,9 @@ import numpy as np
 
 import check
 import compare
-from inference import Interval, format_p, plus_minus, std
-from report import claims_of_difference, page_of
-from run_log import RUN_ID, RecordError, Run, find_logs, read_log, read_text
+from inference import plus_minus, std
+from report import claims_of_difference, page_of, values_of
+from run_log import RecordError, Run, find_logs, read_log, read_text
 from tables import format_markdown, write_text
 
 RECORDS = Path(__file__).resolve().parents[1]
@@ -41,8 +41,6 @@ def copy_logs(paths: list[Path], folder: Path, failed: Path) -> list[Run]:
         if text in texts:
             raise RecordError(f"{log} is another log's copy: a run counts once.")
         texts.add(text)
-        if target.exists() and not RUN_ID.fullmatch(run.name):  # of another folder
-            target = target.with_name(f"{run.name}-{log.parent.name}{target.name.removeprefix(run.name)}")
         if target.exists():
             raise RecordError(f"{log} has the name of another log: rename one of them.")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -52,8 +50,7 @@ def copy_logs(paths: list[Path], folder: Path, failed: Path) -> list[Run]:
 
 
 def one_of(runs: list[Run], attribute: str) -> str:
-    """What all runs share, or all that there is."""
-    return ", ".join(sorted({str(getattr(run.environment, attribute)) or "unknown" for run in runs}))
+    return values_of(runs, lambda run: getattr(run.environment, attribute) or "unknown")
 
 
 def figures_of(runs: list[Run]) -> tuple[str, str]:
@@ -71,19 +68,12 @@ def runs_table(runs: list[Run]) -> str:
 def write_readme(folder: Path, title: str, what: str, figures: list[Path]) -> None:
     """The README of a folder whose logs and figures are in place; every number is computed from the logs."""
     record = check.read_folder(folder)
-    runs, limits = record.counted, check.Limits()
-    test = check.test_of(record, limits)
-    seconds = [run.train_seconds for run in runs]
-    against_the_target = [] if record.experiment else [
-        [f"one-sided p of mean loss <= {limits.target}", f"t-test p = {format_p(test.t_p)}"],
-        [f"the same with sigma {limits.sigma:g}", f"z-test p = {format_p(test.z_p)}"]]
+    runs = record.counted
+    statistics = check.statistics_rows(record, check.describe_statistics(record, check.Limits()))
     parts = [f"# {title}", f"## What changed\n\n{what}", "## Setup\n\n" + format_markdown(["item", "value"], [
         ["hardware", one_of(runs, "hardware")], ["torch", one_of(runs, "torch")], ["CUDA", one_of(runs, "cuda")],
-        ["driver", one_of(runs, "driver")], ["steps", ", ".join(sorted({f"{run.num_iterations:,}" for run in runs}))]]),
-        "## Results\n\n" + format_markdown(["statistic", "value"], [
-            ["n (runs)", str(test.n)], ["mean loss +- std (nats/token)", figures_of(runs)[0]],
-            *([["95 % interval of the mean", f"{test.low:.6f} to {test.high:.6f}"]] if test.n > 1 else []),
-            ["mean train time +- std (s)", plus_minus(np.mean(seconds), std(seconds), ".3f")], *against_the_target]),
+        ["driver", one_of(runs, "driver")], ["steps", values_of(runs, lambda run: f"{run.num_iterations:,}")]]),
+        "## Results\n\n" + format_markdown(["statistic", "value"], statistics),
         f"## All {len(runs)} runs\n\n{runs_table(runs)}"]
     baseline = [run for run in record.baseline if run.finished]
     if baseline:
@@ -102,16 +92,11 @@ def write_readme(folder: Path, title: str, what: str, figures: list[Path]) -> No
 
 def describe_baseline(baseline: list[Run], r: dict) -> str:
     """The baseline's runs and what `compare` says: r."""
-    rows = [["loss (nats/token)", Interval(**r["loss_difference"]).format("+.6f")],
-            *([["steps at equal loss", Interval(**r["steps_at_equal_loss"]["difference"]).format("+.1f")]]
-              if "steps_at_equal_loss" in r else []),
-            ["train time (s)", Interval(**r["seconds_difference"]).format("+.3f")],
-            *([f"of which {compare.PARTS[name]} (s)", Interval(**part).format("+.3f")]
-              for name, part in r.get("decomposition", {}).items())]
     loss, seconds = figures_of(baseline)
+    differences = compare.difference_table(r)
     return (f"## Baseline\n\nMean loss {loss} nats/token, mean train time {seconds} s; {baseline[0].num_iterations:,} "
             f"steps, torch {one_of(baseline, 'torch')}, {one_of(baseline, 'hardware')}.\n\n{runs_table(baseline)}\n\n"
-            f"{format_markdown(['record minus baseline', compare.basis(r)], rows)}")
+            f"Record minus baseline, {compare.basis(r)}:\n\n{format_markdown(differences.header, differences.rows)}")
 
 
 def leaderboard(records: Path) -> str:

@@ -10,6 +10,7 @@ from inference import TARGET, against_target, format_p, mean_interval
 from run_log import RecordError, read_published
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's, for all eyes
+TASK_VOCAB = "50257"  # GPT-2's, as our logs state it; other logs are of this task
 WIDTH_INCHES, DPI = 8.8, 200  # twice the 880 pixels of a README's column
 EARLY = 0.05  # of the run: the fall from 10.8 is left out of loss figures, it would flatten everything else
 SETTLED = 0.25  # of the run: differences before it do not set the scale
@@ -38,14 +39,8 @@ def label_ends(axes, ends: list[tuple[float, str, str]]) -> None:
 
 
 def are_of_task(curves: list[Curve]) -> bool:
-    """Whether the record's target says something about all of these losses."""
-    return all(curve.side.has_task_loss for curve in curves)
-
-
-def draw_target(axes) -> None:
-    axes.axhline(TARGET, color="black", linewidth=0.9, linestyle=(0, (5, 3)))
-    axes.annotate(f"target {TARGET}", (0.01, TARGET), xycoords=("axes fraction", "data"), xytext=(0, 3),
-                  textcoords="offset points", fontsize=8)
+    """Whether all losses are of the record's tokens, so that its target says something about them."""
+    return all(run.constants.get("vocab_size", TASK_VOCAB) == TASK_VOCAB for curve in curves for run in curve.side.runs)
 
 
 def name_curves(axes, curves: list[Curve], right: bool = True) -> None:
@@ -86,7 +81,9 @@ def loss_figure(plt, curves: list[Curve]):
         axes.set_xlabel("training time (min)")
     grid[1, 0].set_ylim(-1.5 * (worst or 1), 1.5 * (worst or 1))
     for axes in grid[0] if are_of_task(curves) else ():
-        draw_target(axes)
+        axes.axhline(TARGET, color="black", linewidth=0.9, linestyle=(0, (5, 3)))
+        axes.annotate(f"target {TARGET}", (0.01, TARGET), xycoords=("axes fraction", "data"), xytext=(0, 3),
+                      textcoords="offset points", fontsize=8)
     one = len(curves) == 1
     label_ends(grid[0, 1], [(x.losses[-1], f"{x.losses[-1]:.4f}", c) for x, c in zip(curves, COLOURS)])
     if one:

@@ -17,13 +17,12 @@ def power(margins: list[float], counts: list[int], sigma: float, alpha: float, c
             raise RecordError(f"{value} will not do: give {wanted}.")
     if not margins and not counts:
         margins, counts = list(MARGINS), list(COUNTS)
-    by_margin = [{"margin": m, "mean_loss": TARGET - m, "runs": runs_needed(m, sigma, alpha, chance),
-                  "runs_z": runs_needed_z(m, sigma, alpha, chance)} for m in margins]
-    by_count = [{"runs": n, "margin": margin_needed(n, sigma, alpha, chance)} for n in counts]
-    for row in by_count:
-        row["mean_loss"] = TARGET - row["margin"]
-    for row in by_margin:
-        row["power"] = t_test_power(row["runs"], row["margin"], sigma, alpha) if row["runs"] else None
+    by_margin = [{"margin": m, "mean_loss": TARGET - m, "runs": runs,
+                  "runs_z": runs_needed_z(m, sigma, alpha, chance),
+                  "power": t_test_power(runs, m, sigma, alpha) if runs else None}
+                 for m in margins for runs in [runs_needed(m, sigma, alpha, chance)]]
+    by_count = [{"runs": n, "margin": margin, "mean_loss": TARGET - margin}
+                for n in counts for margin in [margin_needed(n, sigma, alpha, chance)]]
     if as_json:
         print(format_json({"sigma": sigma, "alpha": alpha, "power": chance, "margins": by_margin, "runs": by_count}))
         return

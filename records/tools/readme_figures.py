@@ -13,7 +13,6 @@ N_RUNS = re.compile(r"\bn ?(?:\(runs\))? ?[=|] ?(\d+)\b(?! (?!runs|logs|seeds|is
 OF_RUNS = re.compile(r"\b(runs?|logs?|seeds?|loss(es)?|times?|seconds|mean|p|t-test)\b", re.I)
 P_VALUE = re.compile(r"\bp(?:-?value)?`? ?[=:|≈] ?`?(0?\.\d+|\d(?:\.\d+)?e-?\d+)", re.I)
 OLDER_RECORD = re.compile(r"\b(previous|prior|baseline|earlier|older?|before|last record)\b", re.I)
-STATISTIC = re.compile(r"mean|avg|average|std|min|max|total", re.I)
 LOSS_MARGIN = 0.02  # nats/token: a figure this near the runs' losses is taken for a loss
 TIME_MARGIN = 0.05  # of the runs' time: a figure this near is taken for a time
 SECONDS = {"ms": 0.001, "m": 60.0}
@@ -75,23 +74,6 @@ def time_scale(figure: Figure, seconds: list[float]) -> float | None:
     return scale if near and (figure.decimals or scale != 1.0 or figure.unit) else None
 
 
-def listed_losses(text: str, target: float) -> list[float]:
-    """The final losses that a README lists, longest list or table column first, for folders without logs."""
-    columns: list[list[float]] = [
-        [float(number) for number in re.findall(r"(?<![\w.])\d\.\d{4,}(?!\.?\d)", match[0])]
-        for match in LIST.finditer(text)]
-    rows: list[list[str]] = []
-    for line in [*text.splitlines(), ""]:
-        if line.lstrip().startswith("|"):
-            rows.append([cell.strip(" *`") for cell in line.strip().strip("|").split("|")])
-        elif rows:
-            for cells in zip(*(row for row in rows if not STATISTIC.match(row[0]))):
-                columns.append([float(cell) for cell in cells if re.fullmatch(r"\d\.\d{4,}", cell)])
-            rows = []
-    near = [[loss for loss in column if abs(loss - target) < LOSS_MARGIN] for column in columns]
-    return max((losses for losses in near if len(losses) >= 2), key=len, default=[])
-
-
 def stated_counts(text: str) -> set[int]:
     """Numbers of runs that a README speaks of."""
     counts = RUN_COUNT.findall(text)
@@ -100,11 +82,6 @@ def stated_counts(text: str) -> set[int]:
         for sentence in [block] if is_table else re.split(r"\n|(?<=[.:;]) ", block):
             counts += N_RUNS.findall(sentence) if OF_RUNS.search(sentence) else []
     return set(map(int, counts))
-
-
-def stated_p_values(text: str) -> list[tuple[str, float]]:
-    """p-values as printed, and as numbers."""
-    return [(match[1], float(match[1])) for match in P_VALUE.finditer(text)]
 
 
 def p_rounds(text: str, p: float) -> bool:

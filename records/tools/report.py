@@ -18,9 +18,9 @@ import numpy as np
 import check
 import compare
 from curves import Curve, Side, mean_curve, read_curve, side_of
-from inference import ALPHA, CONFIDENCE, TARGET, Interval, against_target, format_p, mean_interval, signed, std
+from inference import ALPHA, CONFIDENCE, TARGET, Interval, against_target, format_p, mean_interval
 from run_log import LOG_SUFFIX, RecordError, Run, read_log
-from tables import format_json, write_text
+from tables import Table, format_json, write_text
 
 PARTS = Path(__file__).resolve().parent / "report"
 POINTS_OF_ALL = 24_000  # of one series by step, over all runs: so many that 52 runs stay well below 1 MB
@@ -50,29 +50,16 @@ def group_of(label: str, runs: list[Run], path: Path) -> Group:
 
 def groups_of(folder: check.Folder) -> list[Group]:
     """Of a record's folder or a campaign's: A (a baseline), B, then others, failed ones last."""
-    path = folder.path
     if folder.published:
-        group = group_of("all", folder.record, path)
-        return [group._replace(curve=read_curve(path)) if "smear_mtp" in folder.published else group]
-    roles: dict[str, list[Run]] = {}
-    for run in folder.logs:
-        roles.setdefault(check.role_of(run.path, path), []).append(run)
-    failed = roles.pop("failed", [])
-    if "baseline" in roles and not {"A", "B"} & roles.keys():
-        roles["A"] = roles.pop("baseline")
-        others = sorted(roles.keys() - {"A"}, key=lambda name: name != "record")
-        if others and (others[0] == "record" or len(others) == 1):
-            roles["B"] = roles.pop(others[0])
-    if len(roles) == 1:
-        roles = {"all": runs for runs in roles.values()}
-    labels = sorted(roles, key=lambda label: (label not in ("A", "B"), label))
-    return [group_of(label, roles[label], path) for label in labels] + ([Group("failed", failed)] if failed else [])
-
-
-def sides_of(groups: list[Group]) -> tuple[Group, Group] | None:
-    """A and B, if both have runs that count."""
-    by_label = {group.label: group for group in groups if group.side}
-    return (by_label["A"], by_label["B"]) if {"A", "B"} <= by_label.keys() else None
+        return [group_of("all", folder.record, folder.path)._replace(curve=read_curve(folder.path))]
+    own = {check.role_of(run.path, folder.path) for run in folder.record}  # one, or of several folders of equal rank
+    label = "B" if folder.baseline else "record" if folder.other else "all"
+    roles = {"A": folder.baseline}
+    for run in folder.record + folder.other:
+        role = check.role_of(run.path, folder.path)
+        roles.setdefault(label if {role} == own else role, []).append(run)
+    groups = [group_of(label, runs, folder.path) for label, runs in roles.items() if runs]
+    return groups + ([Group("failed", folder.failed)] if folder.failed else [])
 
 
 def judged_of(groups: list[Group], folder: check.Folder | None) -> Group | None:
@@ -89,11 +76,6 @@ def judged_of(groups: list[Group], folder: check.Folder | None) -> Group | None:
 
 def plural(count: int) -> str:
     return f"{count} run{'s' * (count != 1)}"
-
-
-def typeset(text: str) -> str:
-    """A minus in place of a hyphen before a number or between spaces; `p = ...` on one line."""
-    return re.sub(r"(?<![\w.-])-(?=\d)|(?<= )-(?= )", "\N{MINUS SIGN}", text).replace("p = ", "p\xa0=\xa0")
 
 
 def in_words(interval: Interval, spec: str) -> str:
@@ -158,88 +140,18 @@ def claims_of(groups: list[Group], judged: Group | None, r: dict | None, has_sid
 # ----------------------------------------------------------------------------------------------------------------------
 # Tables
 
-def table(caption: str, header: list[str], rows: list[list[str]], is_quoted: bool = False) -> dict:
-    """is_quoted: the cells are the logs' own words, which stay as they are."""
-    cells = rows if is_quoted else [[typeset(cell) for cell in row] for row in rows]
-    return {"caption": typeset(caption), "header": [typeset(cell) for cell in header], "rows": cells}
-
-
-def or_blank(value: float, spec: str) -> str:
-    return format(value, spec) if math.isfinite(value) else ""
-
-
-def sides_table(groups: list[Group]) -> dict:
-    rows = []
-    for group in (group for group in groups if group.side):
-        losses, seconds, steps = group.side.losses, group.side.seconds, group.side.num_iterations
-        low, high = mean_interval(losses)
-        rows.append([group.label, str(len(losses)), f"{steps:,}", f"{np.mean(losses):.6f}",
-                     or_blank(std(losses), ".6f"), f"{low:.6f} to {high:.6f}" if math.isfinite(low) else "",
-                     or_blank(np.mean(seconds), ".3f"), or_blank(std(seconds), ".3f"),
-                     or_blank(1000 * np.mean(seconds) / max(steps, 1), ".2f")])
-    return table("Runs that finished", ["", "n", "steps", "mean loss", "std", f"{CONFIDENCE:.0%} interval",
-                                        "mean time (s)", "std", "ms/step"], rows)
-
-
-def difference_table(r: dict) -> dict:
-    rows = [("final loss (nats/token)", r["loss_difference"], "+.6f"),
-            *([("the same, paired by seed (Student)", r["loss_difference_paired_by_seed"], "+.6f")]
-              if "loss_difference_paired_by_seed" in r else []),
-            ("training time (s)", r["seconds_difference"], "+.3f"),
-            *((f"of which {compare.PARTS[name]} (s)", part, "+.3f")
-              for name, part in r.get("decomposition", {}).items())]
-    if "steps_at_equal_loss" in r:
-        rows.append(("steps at equal loss", r["steps_at_equal_loss"]["difference"], "+.1f"))
-    return table(f"B - A, {compare.basis(r)}", ["", "difference", f"{CONFIDENCE:.0%} interval", "p"], [
-        [name, signed(i["value"], spec), *([f"{i['low']:{spec}} to {i['high']:{spec}}", format_p(i["p"])]
-                                           if math.isfinite(i["low"]) else ["", ""])]
-        for name, i, spec in rows if math.isfinite(i["value"])])
-
-
-def equal_tables(r: dict) -> list[dict]:
-    """Loss at equal step, time and tokens."""
-    names = {"step": ("step", ",d"), "time": ("seconds", ",.1f"), "tokens": ("tokens", ",.0f")}
-    found = ((key, *names[key], rows) for key, rows in r.get("loss_at_equal", {}).items() if rows)
-    return [table(f"Loss at equal {key}", [name, "A", "B", "B - A"], [
-        [format(row[name], spec), f"{row['loss_a']:.6f}", f"{row['loss_b']:.6f}",
-         f"{row['loss_b'] - row['loss_a']:+.6f}"] for row in rows]) for key, name, spec, rows in found]
-
-
-def step_time_table(r: dict, labels: list[str]) -> dict | None:
-    """ms per step by window, or by share of the run where logs do not state it; for one side, its own columns alone."""
-    for key, title, names in (("window", "at equal window and batch", ["tokens of a batch", "window (blocks)"]),
-                              ("share", "at equal share of the run: the logs do not state windows", ["share"])):
-        rows, sides, both = r.get(f"ms_per_step_at_equal_{key}"), "ab"[:len(labels)], len(labels) > 1
-        if rows:
-            header = [*names, *(f"{what} {label}".strip() for what in ("steps", "ms/step") for label in labels)]
-            return table(f"ms/step {title}", header + ["B - A"] * both, [
-                [*compare.name_row(row), *(f"{row[f'steps_{side}']:,}" for side in sides),
-                 *(or_blank(row[f"ms_{side}"], ".2f") for side in sides),
-                 *[or_blank(row["ms_b"] - row["ms_a"], "+.2f")] * both] for row in rows])
-    return None
-
-
 def values_of(runs: list[Run], value) -> str:
     """What all runs share, or all that there is."""
     found = sorted({str(value(run)) for run in runs})
     return "; ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
 
-def places_of(groups: list[Group], folder: check.Folder | None) -> str:
-    """Where the logs of several groups lie."""
-    if folder is None or len(groups) < 2:
-        return ""
-    places = [sorted({run.path.parent.relative_to(folder.path) for run in group.runs}) for group in groups]
-    return " ".join(f"{group.label}: {', '.join(f'{place}/' if place.name else 'this folder' for place in found)}."
-                    for group, found in zip(groups, places))
-
-
-def machine_table(groups: list[Group]) -> dict:
+def machine_table(groups: list[Group]) -> Table:
     rows = [[name, *(values_of(group.runs, lambda run: getattr(run.environment, attribute) or "not stated")
                      for group in groups)] for name, attribute in MACHINE.items()]
     rows.append(["peak memory (MiB)", *(values_of(group.runs, lambda run: run.peak_memory_mib or "not stated")
                                         for group in groups)])
-    return table("Hardware and versions", ["", *(group.label for group in groups)], rows, is_quoted=True)
+    return Table("Hardware and versions", ["", *(group.label for group in groups)], rows)
 
 
 def rows_of(name: str, value: str) -> dict[str, str]:
@@ -257,7 +169,7 @@ def rows_of(name: str, value: str) -> dict[str, str]:
     return {f"{name}[{key}]": ast.get_source_segment(value, row) for key, row in zip(keys, tree.elts)}
 
 
-def constants_tables(groups: list[Group]) -> list[dict]:
+def constants_tables(groups: list[Group]) -> list[Table]:
     """Constants that differ between or within groups, then those that all runs share; the seed is each run's own."""
     constants = [[dict(chain(*(rows_of(*item).items() for item in run.constants.items()))) for run in group.runs]
                  for group in groups]
@@ -265,9 +177,9 @@ def constants_tables(groups: list[Group]) -> list[dict]:
     names.pop("drawn seed", None)
     rows = [[name, *(values_of(runs, lambda run: run.get(name, "not stated")) for runs in constants)] for name in names]
     shared = [row for row in rows if len({run.get(row[0]) for run in chain(*constants)}) == 1]
-    return [table("Constants that differ", ["constant", *(group.label for group in groups)],
-                  [row for row in rows if row not in shared], is_quoted=True),
-            table("Constants that all runs share", ["constant", "value"], [row[:2] for row in shared], is_quoted=True)]
+    return [Table("Constants that differ", ["constant", *(group.label for group in groups)],
+                  [row for row in rows if row not in shared]),
+            Table("Constants that all runs share", ["constant", "value"], [row[:2] for row in shared])]
 
 
 def source_difference(a: Group, b: Group) -> dict:
@@ -285,11 +197,12 @@ def source_difference(a: Group, b: Group) -> dict:
 def check_section(folder: check.Folder, findings: list[check.Finding]) -> dict:
     rows = [[f.rule.severity, f.rule.id, message, f.rule.why] for f in findings if f.status == "broken"
             for message in f.messages]
+    table = Table("Rules that are broken", ["severity", "rule", "found", "why"], rows)
     kept = {words: [f.rule.id for f in findings if f.status == status]
             for status, words in (("ok", "Kept"), ("not applicable", "Not applicable"))}
     return {"verdict": check.verdict_of(folder, findings),
             "kept": " ".join(f"{words}: {', '.join(ids)}." for words, ids in kept.items() if ids),
-            "table": table("Rules that are broken", ["severity", "rule", "found", "why"], rows, is_quoted=True)}
+            "table": table}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -351,28 +264,24 @@ def mean_of(group: Group) -> dict | None:
 
 
 def describe_group(group: Group, points: int) -> dict:
-    """A group as the page holds it. A field that all its runs state alike stands once, at the group."""
+    """A group as the page holds it."""
     runs = [curves_of(run, points) for run in group.runs]
-    fields = {name for run in runs for name in run["fields"]}
-    shared = {name: runs[0]["fields"][name] for name in sorted(fields)
-              if all(run["fields"].get(name) == runs[0]["fields"].get(name) for run in runs)} if len(runs) > 1 else {}
     for number, (run, log) in enumerate(zip(runs, group.runs), 1):
-        run["fields"] = {name: field for name, field in run["fields"].items() if name not in shared}
         if not LOG_SUFFIX.search(log.path.name):  # published figures
             run["name"] = f"run {number}"
         run["counts"] = bool(group.side) and any(log is counted for counted in group.side.runs)
     losses = group.side.losses if group.side else []
     low, high = mean_interval(losses) if len(losses) > 1 else (math.nan, math.nan)
-    return {"label": group.label, "runs": runs, "mean": mean_of(group), "fields": shared,
+    return {"label": group.label, "runs": runs, "mean": mean_of(group),
             "final": {"mean": float(np.mean(losses)), "low": low, "high": high} if losses else None}
 
 
-def runs_table(groups: list[Group], described: list[dict]) -> dict:
+def runs_table(groups: list[Group], described: list[dict]) -> Table:
     rows = [[group.label, run["name"], log.constants.get("drawn seed", ""),
              "finished" if log.finished else f"step {log.last_step:,} of {log.num_iterations:,}",
-             *([f"{log.final_loss:.6f}", or_blank(log.train_seconds, ".3f")] if log.validations else ["", ""])]
+             *([f"{log.final_loss:.6f}", compare.or_blank(log.train_seconds, ".3f")] if log.validations else ["", ""])]
             for group, of_group in zip(groups, described) for log, run in zip(group.runs, of_group["runs"])]
-    return table("Every run", ["", "run", "seed", "end", "last loss", "train time (s)"], rows)
+    return Table("Every run", ["", "run", "seed", "end", "last loss", "train time (s)"], rows)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -391,16 +300,18 @@ def gather(path: Path) -> dict:
 
 
 def assemble(title: str, groups: list[Group], folder: check.Folder | None, findings: list[check.Finding]) -> dict:
-    sides = sides_of(groups)
+    sides = [group for group in groups if group.side and group.label in ("A", "B")]
+    sides = sides if len(sides) == 2 else []
     r = compare.compare_sides(*(group.side for group in sides)) if sides else None
     judged = judged_of(groups, folder)
     has_sides = folder is not None and folder.has_sides
-    claims = [typeset(claim) for claim in claims_of(groups, judged, r, has_sides)] or ["No run has finished."]
+    claims = claims_of(groups, judged, r, has_sides) or ["No run has finished."]
     checked = check_section(folder, findings) if folder else None
     logged = [group for group in groups if any(run.source or run.constants for run in group.runs)]
     shown = sides or [group for group in groups if group.side and group.side.has_curve][:1]
     times = r if sides else compare.explain_times(shown[0].side, shown[0].side) if shown and np.isfinite(
         shown[0].curve.seconds).all() else {}
+    table = compare.step_time_table(times, ["A", "B"] if sides else [""])
     runs = [run for group in groups for run in group.runs]
     points = min(max(POINTS_OF_ALL // max(len(runs), 1), MIN_POINTS), MAX_POINTS)
     described = [describe_group(group, points) for group in groups]
@@ -410,19 +321,15 @@ def assemble(title: str, groups: list[Group], folder: check.Folder | None, findi
         "groups": described, "target": TARGET if judged else None,
         "thinning": f"Every validation is here. Series by step keep the lowest and the highest point of every stretch, "
                     f"{points:,} points a run at most: no peak is lost." if any(run.step_ms for run in runs) else "",
-        "sides": sides_table(groups), "places": places_of(groups, folder),
-        "difference": difference_table(r) if r else None, "equal": equal_tables(r) if r else [],
+        "sides": compare.sides_table({g.label: compare.describe_side(g.side) for g in groups if g.side}),
+        "difference": compare.difference_table(r) if r else None,
+        "equal": compare.equal_tables(r or {}),
         "warnings": r["warnings"] if r else [],
-        "step_times": step_time_table(times, ["A", "B"] if sides else [""]),
+        "step_times": table,
         "constants": constants_tables(logged) if logged else [],
         "source": source_difference(*sides) if sides and all(run.source for g in sides for run in g.runs[:1]) else None,
         "machine": machine_table(groups), "runs": runs_table(groups, described),
         "check": checked}
-
-
-def script_json(data: dict) -> str:
-    """JSON that no HTML parser ends early."""
-    return format_json(data, indent=None).replace("<", "\\u003c")
 
 
 def read_parts() -> dict[str, str]:
@@ -442,8 +349,8 @@ def policy(parts: dict[str, str], connect: str) -> str:
 
 def render(data: dict, parts: dict[str, str], live: bool = False) -> str:
     """The page. `live`: it asks for data.json again and again."""
-    values = parts | {"title": html.escape(data["title"]), "headline": html.escape(data["headline"]),
-                      "data": script_json(data | {"live": live}),
+    json = format_json(data | {"live": live}, indent=None).replace("<", "\\u003c")  # which no parser of HTML ends early
+    values = parts | {"title": html.escape(data["title"]), "headline": html.escape(data["headline"]), "data": json,
                       "policy": html.escape(policy(parts, "'self'" if live else "'none'"))}
     return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], parts["page"])
 

@@ -23,8 +23,6 @@ RULE_LINE = re.compile(r"^={60,}\s*$", re.M)
 STEP_LINE = re.compile(r"^\s*step:\s*(\d+)/(\d+)\s+(\S.*)$")
 FIELD = re.compile(r"([A-Za-z_]\w*):\s*(\S+)")
 NUMBER = re.compile(r"([-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|nan|inf))(ms|s)?$", re.I)
-# llm.c's lines: one run of 2024 was logged by them.
-LLM_C_LINE = re.compile(r"^s:\d+ (?:tel|trl):", re.M)
 LOG_SUFFIX = re.compile(r"\.(txt|log)(\.gz)?$", re.I)
 COLOUR = re.compile(r"\x1b\[[\d;]*[A-Za-z]")
 # What loggers write before a line; and torchrun --tee, srun --label, mpirun --tag-output before every line.
@@ -82,12 +80,6 @@ class Run:
     constants: dict[str, str] = field(default_factory=dict)  # our logs print every constant and the seed
     peak_memory_mib: int | None = None
     step_fields: dict[int, dict[str, float]] = field(default_factory=dict)
-
-    @classmethod
-    def of_figures(cls, path: Path, loss: float, seconds: float = math.nan, num_iterations: int = 0,
-                   environment: Environment = Environment()) -> "Run":
-        """A run of which only the final loss and time are published."""
-        return cls(path, num_iterations, [Validation(num_iterations, loss, 1000 * seconds)], environment=environment)
 
     @property
     def name(self) -> str:
@@ -186,8 +178,6 @@ def read_text(path: Path) -> str:
         raise RecordError(f"{path} cannot be read ({error.strerror}): name a log.") from error
     if not data.strip():
         raise NoSteps(f"{path} is empty: copy the log again.")
-    if data.startswith(b"version https://git-lfs."):
-        raise RecordError(f"{path} is a pointer of Git LFS: fetch the log itself with git lfs pull.")
     is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as PowerShell's > writes
     if b"\0" in data and not is_utf16:
         raise RecordError(f"{path} is not a text file: copy the log again.")
@@ -272,9 +262,7 @@ def parse_lines(text: str, path: Path):
         else:
             validations.append(Validation(step, loss, train_ms, average, extras))
     if not totals:
-        raise NoSteps(f"{path} has no step lines: " + (
-            "llm.c wrote it (s:… tel:…), without train times and source, so it cannot be judged."
-            if LLM_C_LINE.search(text) else "it is no log of a run, or the run died before its first step."))
+        raise NoSteps(f"{path} has no step lines: it is no log of a run, or the run died before its first step.")
     if len(totals) > 1 or max([s for s, _ in step_ms] + [v.step for v in validations]) > max(totals):
         raise RecordError(f"{path} counts its steps to {', '.join(map(str, sorted(totals)))} and beyond: "
                           f"keep one log a run.")
@@ -291,10 +279,6 @@ def read_log(path: Path) -> Run:
                parse_constants(environment), int(peak[1]) if peak else None, step_fields)
 
 
-def is_log_name(path: Path) -> bool:
-    return bool(LOG_SUFFIX.search(path.name)) and not path.name.lower().startswith(NOT_LOGS)
-
-
 def looks_like_log(path: Path) -> bool:
     """Whether a file claims to be a log: by its name (a run id), or by what it holds. Damaged ones do too."""
     name = path.name.lower().removesuffix(".gz")
@@ -304,7 +288,7 @@ def looks_like_log(path: Path) -> bool:
         text = read_text(path)
     except RecordError:
         return True
-    return bool(re.search(r"^\s*step:\s*\d|^s:\d+ te?rl?:|^Running py|^={60,}\s*$", text, re.M | re.I))
+    return bool(re.search(r"^\s*step:\s*\d|^Running py|^={60,}\s*$", text, re.M | re.I))
 
 
 def walk(path: Path) -> Iterator[Path]:
@@ -326,7 +310,8 @@ def find_logs(path: Path) -> list[Path]:
     """
     if path.is_dir():
         return sorted(file for file in walk(path) if (file.is_file() or file.is_symlink() and not file.is_dir())
-                      and is_log_name(file) and looks_like_log(file))
+                      and LOG_SUFFIX.search(file.name) and not file.name.lower().startswith(NOT_LOGS)
+                      and looks_like_log(file))
     if not path.exists():
         raise RecordError(f"{path} does not exist: name a log or a folder of logs.")
     return [path]
@@ -339,7 +324,8 @@ def read_published(path: Path) -> tuple[list[Run], dict]:
         record = data["smear_mtp"]
         count, _, kind = record["hardware"].partition("x ")
         environment = Environment(torch=record["torch"], gpus=(kind,) * int(count))
-        runs = [Run.of_figures(path, loss, seconds, record["num_iterations"], environment)
+        steps = record["num_iterations"]
+        runs = [Run(path, steps, [Validation(steps, loss, 1000 * seconds)], environment=environment)
                 for loss, seconds in zip(record["val_loss"], record["train_time_s"], strict=True)]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise RecordError(f"{path} is damaged ({error!r}): restore it from git.") from error

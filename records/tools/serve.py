@@ -3,7 +3,6 @@
 The server reads the one log, and the page's parts at its start: no file is opened by the path of a request. It binds
 to the loopback and answers to its own names only, so that no other site's page can ask through a visitor's browser.
 """
-import hashlib
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -37,7 +36,7 @@ def gather_live(log: Path, band: follow.Band) -> dict:
     mean = {"label": f"mean of {band.name}", "step": list(band.points),
             "loss": report.plain(point.loss for point in band.points.values()),
             "ms": report.plain(point.train_ms for point in band.points.values()), "scalars": {}, "step_ms": None}
-    reference = {"label": "reference", "runs": [], "mean": mean, "fields": {}, "final": None}
+    reference = {"label": "reference", "runs": [], "mean": mean, "final": None}
     return data | {"sentences": [*data["sentences"], verdict[0].upper() + verdict[1:], *left],
                    "groups": [reference, *data["groups"]]}
 
@@ -67,7 +66,7 @@ class LiveReport:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """GET and HEAD of `/` and `/data.json`, and nothing else."""
+    """GET of `/` and `/data.json`, and nothing else."""
     server_version, sys_version, timeout = "records", "", SILENCE_S
 
     def __getattr__(self, name):
@@ -81,15 +80,12 @@ class Handler(BaseHTTPRequestHandler):
         hosts = self.headers.get_all("Host", [])
         if len(hosts) != 1 or hosts[0].lower() not in names:
             self.send(403, "text/plain", f"This server is {' or '.join(names)} alone.\n")
-        elif self.command not in ("GET", "HEAD"):
-            self.send(405, "text/plain", "This server only shows.\n", {"Allow": "GET, HEAD"})
+        elif self.command != "GET":
+            self.send(405, "text/plain", "This server only shows.\n", {"Allow": "GET"})
         elif self.path == "/":
             self.send(200, "text/html", live.page(), {"Content-Security-Policy": report.policy(live.parts, "'self'")})
         elif self.path == "/data.json":
-            text = format_json(live.now(), indent=None)
-            tag = f'"{hashlib.sha256(text.encode()).hexdigest()[:32]}"'
-            same = self.headers.get("If-None-Match") == tag
-            self.send(304 if same else 200, "application/json", "" if same else text, {"ETag": tag})
+            self.send(200, "application/json", format_json(live.now(), indent=None))
         else:
             self.send(404, "text/plain", "Here are / and /data.json.\n")
 
@@ -100,8 +96,7 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in sent.items():
             self.send_header(name, str(value))
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        self.wfile.write(body)
 
     def log_message(self, *_) -> None:
         """Silent: the console says the address alone."""

@@ -3,6 +3,17 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import NamedTuple
+
+
+class Table(NamedTuple):
+    """What is shown as text, as markdown and on a page."""
+    caption: str
+    header: list[str]
+    rows: list[list[str]]
+
+    def as_text(self) -> str:
+        return f"{self.caption}:\n{format_table(self.rows, self.header)}"
 
 
 def format_table(rows: list[list[str]], header: list[str] | None = None) -> str:
@@ -20,8 +31,9 @@ def format_markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def format_json(value, indent: int | None = 1) -> str:
-    """Strict JSON: nan and infinities become null. Without an indent, on one line and without spaces."""
+    """Strict JSON: nan and infinities become null, a Table an object. Without an indent on one line, without spaces."""
     def clean(value):
+        value = value._asdict() if isinstance(value, Table) else value
         if isinstance(value, dict):
             return {str(key): clean(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):

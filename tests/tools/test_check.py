@@ -287,18 +287,6 @@ def test_figures_only(capsys):
     assert "broken" not in status.values() and status["target-t"] == "ok" and status["times"] == "not applicable"
 
 
-@pytest.mark.parametrize("text", [
-    "```python\naccs = [2.9195, 2.9188, 2.9191,\n        2.9192]\n```\n",
-    "| run | loss |\n| --- | --- |\n| 1 | 2.9195 |\n| 2 | 2.9188 |\n| 3 | 2.9191 |\n"
-    "| 4 | 2.9192 |\n| mean | 2.91915 |\n"])
-def test_figures_in_a_readme_alone(tmp_path, text):
-    (tmp_path / "README.md").write_text("# A record\n\n" + text)
-    folder = check.read_folder(tmp_path)
-    assert [run.final_loss for run in folder.record] == [2.9195, 2.9188, 2.9191, 2.9192]
-    findings = check.apply_rules(folder, LIMITS)
-    assert check.verdict_of(folder, findings).startswith("figures only")
-
-
 def test_an_empty_folder_is_no_record(tmp_path, capsys):
     assert records.main(["check", str(tmp_path)]) == 1
     assert "nothing to judge" in capsys.readouterr().out

@@ -67,8 +67,7 @@ def test_band_holds_faithful_runs():
 
 
 def test_a_band_of_ones_own_logs(tmp_path, capsys):
-    for spec in logs.record_specs():
-        logs.write_log(tmp_path / "runs", spec)
+    logs.write_logs(tmp_path / "runs", logs.record_specs())
     good = logs.write_log(tmp_path, logs.Spec(loss=2.9181, seed=60))
     bad = logs.write_log(tmp_path, logs.Spec(loss=2.9281, seed=61))
     for path, expected in ((good, 0), (bad, 1)):
@@ -79,8 +78,7 @@ def test_a_band_of_ones_own_logs(tmp_path, capsys):
 
 def test_a_live_log_is_followed_to_its_end(tmp_path, capsys):
     """The log grows while it is followed; it begins empty, as a run that still compiles has it."""
-    for spec in logs.record_specs():
-        logs.write_log(tmp_path / "runs", spec)
+    logs.write_logs(tmp_path / "runs", logs.record_specs())
     text = logs.log_text(logs.Spec(loss=2.9184, seed=60))
     path = tmp_path / "live.txt"
     path.touch()

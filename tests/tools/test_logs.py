@@ -121,11 +121,9 @@ def test_a_live_log_may_end_within_a_line(tmp_path):
 
 DAMAGED = [
     ("empty", b" \n", "is empty"),
-    ("LFS", b"version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 12\n", "pointer of Git LFS"),
     ("binary", b"\x7fELF\x01\0\0\0", "is not a text file"),
     ("no steps", "import torch\n" + "=" * 100 + "\nRunning Python 3.12\n", "no step lines"),
     ("prose", "nothing of the kind\n", "no step lines"),
-    ("llm.c", "s:0 tel:10.9886\ns:1 trl:10.9\ns:125 tel:3.3\n", "llm.c"),
     ("garbled", logs.log_text(SPEC).replace("step:60/200 train_time:", "step:60/200 tr#in"), "is damaged"),
     ("not a number", logs.log_text(SPEC).replace("step:50/200 val_loss:", "step:50/200 val_loss:x"), "is damaged"),
     ("two runs", logs.log_text(SPEC) * 2, "more than one run"),

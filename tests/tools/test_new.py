@@ -26,10 +26,8 @@ def records_folder(tmp_path):
 
 def make(records_folder: Path, name: str = "Made-up", specs=None) -> int:
     runs = records_folder.parent / "runs"
-    for spec in specs or logs.record_specs():
-        logs.write_log(runs / "new", spec)
-    for spec in logs.baseline_specs():
-        logs.write_log(runs / "old", spec)
+    logs.write_logs(runs / "new", specs or logs.record_specs())
+    logs.write_logs(runs / "old", logs.baseline_specs())
     return new.new(name, "2026-01-02", [runs / "new"], [runs / "old"], "A constant.", False, records_folder)
 
 
@@ -54,16 +52,14 @@ def test_an_experiment_stays_apart_and_is_not_held_to_the_records_task(records_f
     before = (records_folder / "README.md").read_text()
     runs, baseline = ([replace(spec, gpus=(), loss=spec.loss + 2) for spec in specs]
                       for specs in (logs.record_specs(), logs.baseline_specs()))
-    for side, specs in (("B", runs), ("A", baseline)):
-        for spec in specs:
-            logs.write_log(tmp_path / side, spec)
-    arguments = ("X", "2026-01-02", [tmp_path / "B"], [tmp_path / "A"], "A question.", True)
+    sides = [logs.write_logs(tmp_path / "B", runs)], [logs.write_logs(tmp_path / "A", baseline)]
+    arguments = ("X", "2026-01-02", *sides, "A question.", True)
     assert new.new(*arguments, records_folder, experiment=True) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["verdict"].startswith("an experiment: ") and "target" not in report["statistics"]
     folder = records_folder / "experiments" / "2026-01-02_X"
     readme, page = ((folder / name).read_text() for name in ("README.md", "report.html"))
-    assert "| mean loss +- std (nats/token) | 4.918519" in readme and "one-sided p" not in readme
+    assert "| loss | 4.918519 +- " in readme and "t-test" not in readme
     assert "A is the baseline. B are the other runs.\n\n- " in readme
     assert all(" nats/token below A: mean 4.918519 of 8 runs" in text for text in (readme, page))
     assert (records_folder / "README.md").read_text() == before
@@ -100,16 +96,6 @@ def test_what_will_not_do_leaves_nothing_behind(records_folder, content, name, d
     with pytest.raises(RecordError, match=word):
         new.new(name, date, [log] * times_given, [], "-", False, records_folder)
     assert sorted(records_folder.rglob("*")) == before
-
-
-def test_logs_of_one_name_in_several_folders_are_several_runs(tmp_path):
-    specs = logs.record_specs()[:3]
-    for spec in specs:
-        logs.write_log(tmp_path / f"seed{spec.seed}", spec, "train.log")
-    folder = tmp_path / "record"
-    new.copy_logs([tmp_path / f"seed{spec.seed}" for spec in specs], folder, folder / "failed")
-    assert {path.name for path in folder.iterdir()} == {"train-seed1.log.gz", "train-seed2.log.gz", "train.log.gz"}
-    assert sorted(run.final_loss for run in check.read_folder(folder).record) == sorted(spec.loss for spec in specs)
 
 
 def test_logs_are_compressed_and_the_same_logs_give_the_same_bytes(records_folder):

@@ -1,7 +1,4 @@
 """records/tools/plot.py: figures of the README's width for every kind of source, and what they are drawn from."""
-import struct
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -12,13 +9,7 @@ from curves import read_curve
 from helpers import RECORDS
 from run_log import RecordError
 
-pytest.importorskip("matplotlib")
-
-
-def png_width(path: Path) -> int:
-    data = path.read_bytes()
-    assert data.startswith(b"\x89PNG\r\n\x1a\n")
-    return struct.unpack(">I", data[16:20])[0]
+imread = pytest.importorskip("matplotlib.image").imread
 
 
 def test_figures_of_two_sets_of_logs(tmp_path, capsys):
@@ -26,7 +17,7 @@ def test_figures_of_two_sets_of_logs(tmp_path, capsys):
     assert records.main(["plot", str(record / "baseline"), str(record), "--out", str(tmp_path / "png")]) == 0
     names = ["loss", "step_time", "lambdas", "final_losses"]
     assert capsys.readouterr().out.split() == [str(tmp_path / "png" / f"{name}.png") for name in names]
-    assert {png_width(path) for path in (tmp_path / "png").iterdir()} == {1760}
+    assert {imread(path).shape[1] for path in (tmp_path / "png").iterdir()} == {1760}
 
 
 def test_committed_figures_are_those_of_the_published_data(tmp_path):
@@ -35,7 +26,7 @@ def test_committed_figures_are_those_of_the_published_data(tmp_path):
     written = plot.draw([folder], tmp_path)
     assert {path.name for path in written} == {path.name for path in (folder / "figures").iterdir()}
     for path in written:
-        assert path.read_bytes()[16:24] == (folder / "figures" / path.name).read_bytes()[16:24]
+        assert imread(path).shape == imread(folder / "figures" / path.name).shape
 
 
 def test_one_unadorned_log_gives_what_it_can(tmp_path):
@@ -46,9 +37,7 @@ def test_one_unadorned_log_gives_what_it_can(tmp_path):
 
 def test_curves_are_means_over_runs(tmp_path):
     specs = [logs.Spec(loss=loss, seed=i, smear_lambda=0.004 * (i + 1)) for i, loss in enumerate((2.918, 2.920))]
-    for spec in specs:
-        logs.write_log(tmp_path, spec)
-    curve = read_curve(tmp_path)
+    curve = read_curve(logs.write_logs(tmp_path, specs))
     assert curve.losses[-1] == pytest.approx(2.919, abs=1e-6)
     assert curve.stds[-1] == pytest.approx(0.002 / 2 ** 0.5, abs=1e-6)
     mean, sigma = curve.extras["smear_lambda"]

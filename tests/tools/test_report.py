@@ -39,17 +39,6 @@ def data_of(text: str) -> dict:
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
 
 
-def plain(texts: list[str]) -> str:
-    """Without what typesetting did."""
-    return "\n".join(texts).replace("\N{MINUS SIGN}", "-").replace("\xa0", " ")
-
-
-def write_side(folder: Path, specs) -> Path:
-    for spec in specs:
-        logs.write_log(folder, spec)
-    return folder
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # What the page holds
 
@@ -72,7 +61,7 @@ def test_claims_are_what_compare_says_whatever_the_sign(tmp_path, loss, words):
     folder = logs.write_record(tmp_path, [replace(spec, loss=spec.loss + loss) for spec in logs.record_specs()])
     r = compare.compare_sides(*map(compare.read_side, (folder / "baseline", folder)))
     data = report.gather(folder)
-    text = plain([data["headline"], *data["sentences"]])
+    text = "\n".join([data["headline"], *data["sentences"]])
     assert f"{'not shown to be ' if loss else ''}below" in data["headline"] and "8 runs end" in data["headline"]
     for name, spec in (("loss_difference", ".6f"), ("seconds_difference", ".3f")):
         found = r[name]
@@ -81,7 +70,7 @@ def test_claims_are_what_compare_says_whatever_the_sign(tmp_path, loss, words):
     assert f"takes {abs(steps['value']):.1f} steps {'more' if loss else 'fewer'} (95% interval of B - A: " in text
     assert f"{steps['low']:+.1f} to {steps['high']:+.1f}, p = " in text and f"nats/token {words} A: mean" in text
     assert ("No difference in loss is shown" in text) == (r["loss_difference"]["p"] >= 0.05)
-    assert plain(data["difference"]["rows"][0][1:2]) == f"{r['loss_difference']['value']:+.6f}"
+    assert data["difference"].rows[0][1] == f"{r['loss_difference']['value']:+.6f}"
 
 
 @pytest.mark.parametrize("where", ["campaign", "experiments/2026-01-01_x"])
@@ -89,20 +78,19 @@ def test_another_task_is_not_held_against_the_target(tmp_path, where):
     """A campaign's folder of a byte model on one CPU: the claim is the difference, and `check` says what it says."""
     tmp_path = tmp_path / where
     specs = [logs.Spec(loss=1.5 + 0.001 * i, seed=i, source=BYTES, gpus=()) for i in range(3)]
-    write_side(tmp_path / "A", [replace(spec, loss=spec.loss + 0.5, seed=spec.seed + 9) for spec in specs])
-    write_side(tmp_path / "B", specs)
+    logs.write_logs(tmp_path / "A", [replace(spec, loss=spec.loss + 0.5, seed=spec.seed + 9) for spec in specs])
+    logs.write_logs(tmp_path / "B", specs)
     logs.write_log(tmp_path / "B" / "failed", replace(specs[0], seed=20, last_step=60))
     data = report.gather(tmp_path)
     assert data["target"] is None and data["headline"].startswith("B ends 0.500000 nats/token below A: mean 1.501000")
     assert [(group["label"], len(group["runs"])) for group in data["groups"]] == [("A", 3), ("B", 3), ("failed", 1)]
-    assert data["places"] == "A: A/. B: B/. failed: B/failed/."
-    assert ("readme" in {row[1] for row in data["check"]["table"]["rows"]}) == (where != "campaign")
+    assert ("readme" in {row[1] for row in data["check"]["table"].rows}) == (where != "campaign")
 
 
 def test_a_campaigns_headline_is_the_difference(tmp_path):
     """Of the record's task: the target is told, too."""
     for side, specs in (("A", logs.baseline_specs()), ("B", logs.record_specs())):
-        write_side(tmp_path / side, specs)
+        logs.write_logs(tmp_path / side, specs)
     data = report.gather(tmp_path)
     assert "B ends" in data["headline"] and data["target"] == 2.92 and "8 runs end" in data["sentences"][2]
     assert data["sentences"][-1].startswith("By the rules of check: a comparison of B with A: keeps every rule")
@@ -116,14 +104,15 @@ def test_tables_that_differ_show_the_rows_that_do(tmp_path):
         logs.write_log(tmp_path / side, logs.Spec(
             constants=f"groups = ({', '.join(rows)})\nlayers = {layers}\nbetas = (1, {len(rows)})\nother = ()"))
     differing, shared = report.gather(tmp_path)["constants"]
-    assert differing["rows"] == [["groups[mlp]", a[0], b[1]], ["layers[1]", "Layer()", "not stated"],
+    assert differing.rows == [["groups[mlp]", a[0], b[1]], ["layers[1]", "Layer()", "not stated"],
                                  ["betas", "(1, 2)", "(1, 3)"], ["groups[new]", "not stated", b[0]]]
-    assert shared["rows"] == [["groups[head]", a[1]], ["layers[0]", "Layer()"], ["other", "()"]]
+    assert shared.rows == [["groups[head]", a[1]], ["layers[0]", "Layer()"], ["other", "()"]]
 
 
 def test_logs_that_no_statistic_covers_are_shown_all_the_same(tmp_path):
     """Of several lengths, unfinished, compressed; a damaged one is told by `check`."""
-    write_side(tmp_path, [logs.Spec(seed=1), logs.Spec(seed=2, num_iterations=100), logs.Spec(seed=3, last_step=60)])
+    logs.write_logs(tmp_path, [logs.Spec(seed=1), logs.Spec(seed=2, num_iterations=100),
+                               logs.Spec(seed=3, last_step=60)])
     path = logs.write_log(tmp_path, logs.Spec(seed=4))
     (tmp_path / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
     path.unlink()
@@ -133,7 +122,7 @@ def test_logs_that_no_statistic_covers_are_shown_all_the_same(tmp_path):
     assert [run["step"][-1] for run in data["groups"][0]["runs"]] == [200, 100, 50, 200]
     assert data["headline"] == "The runs are of 100, 200 steps: there is no mean over them."
     assert any("is at step 60 of 200, validation loss 3.364083 at step 50." in text for text in data["sentences"])
-    assert ["readable"] == [row[1] for row in data["check"]["table"]["rows"] if "x.log" in row[2]]
+    assert ["readable"] == [row[1] for row in data["check"]["table"].rows if "x.log" in row[2]]
     (tmp_path / "empty").mkdir()
     with pytest.raises(RecordError, match="holds no log"):
         report.gather(tmp_path / "empty")
@@ -173,8 +162,8 @@ def test_thinned_curves_keep_every_peak_and_only_what_was_logged():
 
 def test_fifty_two_runs_stay_below_a_megabyte(tmp_path):
     for side, steps in (("A", 5550), ("B", 5535)):
-        write_side(tmp_path / side, [logs.Spec(seed=i + steps, loss=2.919 + 0.0001 * i, num_iterations=steps,
-                                               val_every=125) for i in range(26)])
+        logs.write_logs(tmp_path / side, [logs.Spec(seed=i + steps, loss=2.919 + 0.0001 * i, num_iterations=steps,
+                                                    val_every=125) for i in range(26)])
     path = sorted((tmp_path / "B").iterdir())[7]  # every step after 3000 ends 900 ms later: one step of 1,150 ms
     path.write_text(re.sub(r"(step:(\d+)/5535 .*?train_time:)(\d+)", lambda m: m[1] + str(
         int(m[3]) + 900 * (int(m[2]) > 3000)), path.read_text()))
@@ -238,7 +227,8 @@ def test_the_pointer_reads_the_logs_values(page, record):
     for share, step in ((0.01, 100), (0.99, 125)):
         page.move(left + share * width, top + 0.5 * height)
         assert told(page, record)[1] == step
-    page.evaluate("document.querySelector('#loss-chart [title=\"Reset zoom\"]').click()")
+    page.evaluate(FOCUS)
+    page.press("0")
     page.move(5, 5)
     assert page.evaluate(PICTURE) == before
 
@@ -299,16 +289,11 @@ def test_what_logs_say_is_text(page):
 
 
 @needs_chromium
-@pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 400])
-def test_every_width_and_scheme(page, tmp_path, width, scheme):
-    page.open((tmp_path / "report.html").as_uri(), width, scheme)
+def test_every_width(page, tmp_path, width):
+    page.open((tmp_path / "report.html").as_uri(), width)
     assert page.evaluate("document.documentElement.scrollWidth") == width
     assert page.evaluate("document.querySelectorAll('.chart canvas').length") == 7
-    ground = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
-    assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
-    assert len(page.call("Page.printToPDF")["data"]) > 50_000
-    assert page.evaluate("!document.documentElement.classList.contains('printing')")
 
 
 @needs_chromium
@@ -327,7 +312,7 @@ def test_the_last_tick_is_whole(browser, tmp_path):
 def server(tmp_path_factory):
     """`follow --serve` of a log that holds no step yet: (port, log, the whole log's text)."""
     folder = tmp_path_factory.mktemp("server")
-    reference = write_side(folder / "reference", logs.record_specs())
+    reference = logs.write_logs(folder / "reference", logs.record_specs())
     text = logs.log_text(logs.Spec(seed=60, loss=2.9184))
     log = folder / "live.txt"
     log.touch()
@@ -371,13 +356,13 @@ def test_other_hosts_names_are_refused(server, names):
 
 def test_it_shows_only_and_to_this_machine_alone(server):
     port = server[0]
-    for method in ("POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT", "PROPFIND"):
+    for method in ("HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT", "PROPFIND"):
         status, head, _ = ask(port, "/", method)
-        assert status == 405 and "Allow: GET, HEAD" in head
+        assert status == 405 and "Allow: GET" in head
     for target in ("/", "/data.json"):
         status, head, body = ask(port, target, more="Host: localhost:PORT")
         assert status == 200 and "Cache-Control: no-store" in head and "default-src 'none'" in head and len(body) > 500
-        assert "Access-Control" not in head and ask(port, target, "HEAD")[::2] == (200, "")
+        assert "Access-Control" not in head
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.2", port), timeout=5)
     assert records.main(["follow", str(server[1]), "--serve", "--port", str(port)]) == 2  # taken
@@ -399,12 +384,9 @@ def test_a_growing_log_is_shown_as_it_grows(server, browser):
     assert "step 50: loss" in reading
     browser.press("+")
     browser.press("+")  # steps 40 to 87
-    tag = re.search(r"ETag: (\S+)", ask(port, "/data.json")[1])[1]
-    again = f"Host: 127.0.0.1:{port}\r\nIf-None-Match: {tag}"
-    assert ask(port, "/data.json", more=again)[::2] == (304, "")
     log.write_text(text)
     browser.wait("document.getElementById('sentences').textContent.includes('Finished: reproducing')")
-    assert ask(port, "/data.json", more=again)[0] == 200 and browser.evaluate(READING) == reading
+    assert browser.evaluate(READING) == reading
     assert not browser.evaluate("document.querySelector(\"[data-key='0 mean']\").checked")
     for part in ("runs", "legend"):
         assert "2.918400" in browser.evaluate(f"document.getElementById('{part}').textContent")

@@ -1,7 +1,6 @@
 """The scaled-up run, records/scale_up_1b: its formulas, 1 and 2 gloo processes, its data, its log, what stops it."""
 import json
 import math
-import re
 from pathlib import Path
 from pydoc_data import topics
 
@@ -228,15 +227,13 @@ def test_sequences_that_do_not_fill_a_forward_pass_are_refused():
 # ----------------------------------------------------------------------------------------------------------------------
 # The README
 
-def test_readme_gives_the_published_figures_and_links_resolve():
+def test_readme_gives_the_published_figures():
     text = " ".join((FOLDER / "README.md").read_text().split())
     published = json.loads((FOLDER / "published.json").read_text())["scale_up_1b"]
     for name, label in (("baseline", "without"), ("smear_mtp", "with Smear-MTP")):
         first, last = published[name][0], published[name][-1]
         assert (first["step"], last["step"]) == (0, t1b.Config().num_iterations)
         assert f"| {label} | {first['val_loss']:.4f} | {last['val_loss']:.4f} |" in text
-    for target in re.findall(r"\]\(([^)#\s]+)", text):
-        assert "://" in target or (FOLDER / target).exists(), target
 
 
 def test_readme_counts():

@@ -233,16 +233,6 @@ def flip_a_byte(path: Path) -> None:
     path.write_bytes(content)
 
 
-BAD_PARTS = {
-    "cut": (lambda path: path.write_bytes(path.read_bytes()[:-1000]), "torn or damaged"),
-    "a byte": (flip_a_byte, "torn or damaged"),
-    "another program's": (lambda path: torch.save({"model": torch.ones(3)}, path), "not a part of a checkpoint"),
-    "another dictionary": (lambda path: torch.save({"made_by": 3, "step": 1, "seed": 1, "shards": {}}, path),
-                           "not a part of a checkpoint"),
-    "missing": (lambda path: path.unlink(), "is missing"),
-}
-
-
 def edited(edit):
     def rewrite(path: Path) -> None:
         part = torch.load(path, weights_only=True)
@@ -251,7 +241,13 @@ def edited(edit):
     return rewrite
 
 
-BAD_PARTS |= {
+BAD_PARTS = {
+    "cut": (lambda path: path.write_bytes(path.read_bytes()[:-1000]), "torn or damaged"),
+    "a byte": (flip_a_byte, "torn or damaged"),
+    "another program's": (lambda path: torch.save({"model": torch.ones(3)}, path), "not a part of a checkpoint"),
+    "another dictionary": (lambda path: torch.save({"made_by": 3, "step": 1, "seed": 1, "shards": {}}, path),
+                           "not a part of a checkpoint"),
+    "missing": (lambda path: path.unlink(), "is missing"),
     "another seed's": (edited(lambda part: part.update(seed=5)), "of another run or step than rank_0.pt"),
     "another step's": (edited(lambda part: part.update(step=1)), "of another run or step than rank_0.pt"),
     "a bank of another shape": (edited(lambda part: part["shards"].update(embeds=torch.ones(3))), "other parameters"),

@@ -1,8 +1,7 @@
 """What a change to the trainer costs or wins on one GPU: two models side by side, and kernel by kernel.
 
     python records/tools/bench/bench.py    # the trainer against its plain twin, one slice, window 14
-    bench.py --sides ours baseline --windows 3 14 27    # the record without Smear-MTP; windows in blocks
-    bench.py --profile --json ab.json    # and the kernels of both sides
+    bench.py --windows 3 14 27 --profile --json ab.json    # windows in blocks; and the kernels of both sides
     bench.py --kernels            # each hand-written kernel: its error, and its time against what it replaces
     bench.py --sweep-attention    # FlexAttention's block sizes, warps and stages
     bench.py --choose FILE        # the script's two dictionaries of them, from a sweep's results
@@ -17,7 +16,6 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from importlib import metadata
@@ -38,7 +36,6 @@ import plain_twin  # noqa: E402
 import train_gpt_medium as tgm  # noqa: E402
 from stages import write_json  # noqa: E402
 
-SIDES = ("ours", "plain", "baseline")  # the baseline is the record without Smear-MTP
 DATA_SEED = 77  # of the first hundred, the slice whose attention at window 14 comes closest to the run's 10.0 TFLOP
 WARM_STEPS, LOAD_SECONDS = 10, 5  # the load brings clocks and temperature to where a run holds them
 ROUNDS, BLOCK_STEPS = 4, 5  # each round is the blocks A B B A
@@ -99,22 +96,14 @@ def leave_initial_values(model: nn.Module) -> None:
             p.copy_(torch.where(p == 0, 0.02 * torch.randn_like(p, dtype=torch.float32), p))
 
 
-def make_sides(names: Iterable[str], config: tgm.Config, device: torch.device) -> dict[str, nn.Module]:
-    """The named models, all with the same weights."""
+def make_sides(config: tgm.Config, device: torch.device) -> dict[str, nn.Module]:
+    """The trainer's model and its plain twin, with the same weights."""
     torch.manual_seed(0)
-    sides = {}
     with device:
-        ours = tgm.GPT(config)
+        ours, plain = tgm.GPT(config), plain_twin.GPT(config)
         leave_initial_values(ours)
-        for name in names:
-            sides[name] = ours
-            if name == "plain":
-                sides[name] = plain_twin.GPT(config)
-                plain_twin.copy_weights(ours, sides[name])
-            elif name == "baseline":
-                sides[name], weights = tgm.GPT(replace(config, smear_mtp=False)), ours.state_dict()
-                sides[name].load_state_dict({key: weights[key] for key in sides[name].state_dict()})
-    return sides
+        plain_twin.copy_weights(ours, plain)
+    return {"ours": ours, "plain": plain}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -199,11 +188,10 @@ def profile_side(model: nn.Module, ids: Tensor, targets: Tensor, window: Tensor)
             for row in sorted(rows, key=lambda row: -row.self_device_time_total)}
 
 
-def compare_sides(names: list[str], windows: list[int], profile: bool, config: tgm.Config, device: torch.device,
-                  save: Save) -> None:
-    """A against B at each window; then, if asked for, their kernels at the first."""
+def compare_sides(windows: list[int], profile: bool, config: tgm.Config, device: torch.device, save: Save) -> None:
+    """Both sides at each window; then, if asked for, their kernels at the first."""
     ids, targets = one_slice(config, device)
-    sides = make_sides(names, config, device)
+    sides = make_sides(config, device)
     for model in sides.values():
         tgm.compile_model(model, whole=True)
     for blocks in windows:
@@ -214,7 +202,7 @@ def compare_sides(names: list[str], windows: list[int], profile: bool, config: t
             rows[name] |= step_memory(model, *inputs)
             show(f"  {name}: GB saved, and peak", rows[name]["saved_gb"], rows[name]["peak_gb"])
         peaks = " and ".join(f"{row['peak_gb']:.1f}" for row in rows.values())
-        save(f"window {blocks}", rows, f"{says}, ratio {rows[names[1]]['ratio'][0]:.3f}, peaks {peaks} GB")
+        save(f"window {blocks}", rows, f"{says}, ratio {rows['plain']['ratio'][0]:.3f}, peaks {peaks} GB")
     for name, model in sides.items() if profile else ():
         kernels = profile_side(model, ids, targets, as_window(windows[0], device))
         for kernel, (calls, ms) in [*kernels.items()][:20]:
@@ -391,7 +379,6 @@ def print_choice(path: str) -> None:
 def main(arguments: list[str], config: tgm.Config = tgm.Config(), device: torch.device = torch.device("cuda")) -> None:
     """Do what the command line says, with this model on this device. UserError for what the user can put right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sides", nargs=2, choices=SIDES, default=["ours", "plain"])
     parser.add_argument("--windows", nargs="+", type=int, choices=range(1, 28), default=[14], metavar="BLOCKS",
                         help="long windows, 1 to 27 blocks")
     parser.add_argument("--profile", action="store_true", help="the kernels of both sides at the first window")
@@ -401,10 +388,8 @@ def main(arguments: list[str], config: tgm.Config = tgm.Config(), device: torch.
         mode.add_argument(flag, dest="measure", action="store_const", const=measure, help=measure.__doc__)
     mode.add_argument("--choose", metavar="FILE", help="print the options that a sweep's results choose, to paste")
     options = parser.parse_args(arguments)
-    if options.sides[0] == options.sides[1]:
-        parser.error(f"argument --sides: {options.sides[0]} against itself: name two")
     if options.profile and options.measure:
-        parser.error("argument --profile: it profiles two sides, give it alone or with --sides and --windows")
+        parser.error("argument --profile: it profiles two sides, give it alone or with --windows")
     if options.choose:
         print_choice(options.choose)
         return
@@ -424,7 +409,7 @@ def main(arguments: list[str], config: tgm.Config = tgm.Config(), device: torch.
         if options.json:
             write_json(options.json, results)
 
-    measure = options.measure or partial(compare_sides, options.sides, options.windows, options.profile)
+    measure = options.measure or partial(compare_sides, options.windows, options.profile)
     measure(config, device, save)
 
 

@@ -5,14 +5,11 @@ const hidden = new Set();  // keys of the lines that are not shown
 const choice = {x: "step", y: "loss"};
 const EARLY = {loss: 0.05, difference: 0.25};  // of the run: left out at first, as in the figures of `plot`
 const NARROW = 600;  // pixels
-const PRINTED = {large: 700, small: 225};  // pixels of an A4 page
-const root = document.documentElement;
 const byId = id => document.getElementById(id);
 const grouped = value => value.toLocaleString("en-US", {maximumFractionDigits: 3});
-const minus = text => String(text).replace(/^-/, "\u2212");
 const last = values => values[values.length - 1];
 const inkOf = g => `--group-${data.groups[g].label === "failed" ? 5 : Math.min(g, 4)}`;
-const css = name => getComputedStyle(root).getPropertyValue(name).trim();
+const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 /** An element with properties or attributes; text is always text, never markup. */
 function make(tag, properties = {}, ...children) {
@@ -61,7 +58,6 @@ function linesOf(pick) {
   data.groups.forEach((group, g) => {
     group.runs.forEach((run, r) => add(g, run, keyOf(g, run), nameOf(group, r), false));
     add(g, group.mean, `${g} mean`, group.mean && group.mean.label, true);
-    add(g, {fields: group.fields}, `${g} mean`, `${group.label}, every run`, true);
   });
   return lines;
 }
@@ -72,17 +68,11 @@ function reference() {
   return group && (group.mean || {...group.runs[0], label: nameOf(group, 0)});
 }
 
-function timeUnit() {
-  const longest = Math.max(0, ...curves().flatMap(curve => curve.ms));
-  return longest > 600_000 ? {ms: 60_000, name: "minutes"} : {ms: 1000, name: "seconds"};
-}
-
 function lossLines() {
-  const base = reference(), unit = timeUnit();
-  const xOf = curve => choice.x === "time" ? curve.ms.map(ms => ms === null ? null : ms / unit.ms) : curve.step;
+  const base = reference();
+  const xOf = curve => choice.x === "time" ? curve.ms.map(ms => ms === null ? null : ms / 60_000) : curve.step;
   const baseX = base && xOf(base);
   return linesOf((curve, isMean) => {
-    if (!curve.loss) return null;
     const x = xOf(curve), digits = isMean ? 6 : decimalsOf(curve.loss);
     const apart = x.map((at, i) => {
       const expected = at === null ? null : interpolate(baseX, base.loss, at);
@@ -91,7 +81,7 @@ function lossLines() {
     return {x, y: choice.y === "loss" ? curve.loss : apart, tell: i =>
       `step ${grouped(curve.step[i])}: loss ${curve.loss[i].toFixed(digits)}`
       + (curve.ms[i] === null ? "" : `, ${grouped(curve.ms[i])} ms`)
-      + (choice.y === "loss" ? "" : `, difference ${apart[i] < 0 ? "" : "+"}${minus(apart[i].toFixed(3))}`)};
+      + (choice.y === "loss" ? "" : `, difference ${apart[i] < 0 ? "" : "+"}${apart[i].toFixed(3)}`)};
   });
 }
 
@@ -110,8 +100,8 @@ function stepTimeLines() {
 
 function scalarLines(name) {
   return linesOf(({fields, scalars, step}) => {
-    const points = fields && fields[name] || scalars && scalars[name] && {x: step, y: scalars[name]};
-    return points && {...points, tell: i => `step ${grouped(points.x[i])}: ${name} ${minus(points.y[i])}`};
+    const points = fields && fields[name] || scalars[name] && {x: step, y: scalars[name]};
+    return points && {...points, tell: i => `step ${grouped(points.x[i])}: ${name} ${points.y[i]}`};
   });
 }
 
@@ -147,26 +137,15 @@ class Chart {
     this.out = make("output");
     this.plot = make("div", {className: "plot", tabIndex: 0, role: "group", "aria-roledescription": "chart",
                              "aria-describedby": "keys"});
-    const tools = [["+", "Zoom in", () => this.zoom(0.5)], ["\u2212", "Zoom out", () => this.zoom(2)],
-                   ["\u2190", "Move left", () => this.move(-0.25)], ["\u2192", "Move right", () => this.move(0.25)],
-                   ["All", "The whole run", () => this.setRange(this.whole)],
-                   ["Reset", "Reset zoom", () => this.setRange(null)]];
-    const buttons = tools.map(([text, title, onclick]) =>
-      make("button", {type: "button", "aria-label": title, title, onclick}, text));
-    const bar = make("div", {className: "bar"}, this.out, make("div", {className: "tools"}, ...buttons));
-    host.replaceChildren(make("figure", {className: "chart"}, this.caption, bar, this.plot));
+    host.replaceChildren(make("figure", {className: "chart"}, this.caption, this.out, this.plot));
     this.plot.addEventListener("keydown", event => this.onKey(event));
-    new ResizeObserver(() => this.u && this.width() !== this.u.width && this.u.setSize(this.size())).observe(this.plot);
-  }
-
-  width() {
-    const printed = this.spec.small ? PRINTED.small : PRINTED.large;
-    return root.classList.contains("printing") ? printed : Math.max(this.plot.clientWidth, 200);
+    new ResizeObserver(() => this.u && this.size().width !== this.u.width && this.u.setSize(this.size()))
+      .observe(this.plot);
   }
 
   size() {
-    const height = this.spec.small ? 210 : this.spec.height ? this.spec.height() : this.width() < NARROW ? 300 : 400;
-    return {width: this.width(), height};
+    const width = Math.max(this.plot.clientWidth, 200);
+    return {width, height: this.spec.height ? this.spec.height() : width < NARROW ? 300 : 400};
   }
 
   /** From the data as they are now; zoom and chosen point stay. */
@@ -181,8 +160,7 @@ class Chart {
     const [low, high] = [Math.min(...ends), Math.max(...ends)], pad = low < high ? this.spec.pad * (high - low) : 0.5;
     this.whole = [low - pad, high + pad];
     const start = low + this.spec.early() * (high - low);
-    const isLong = this.lines.some(line => line.x.filter(x => x >= start).length > 2);
-    this.home = isLong && start > low ? [start, this.whole[1]] : this.whole;
+    this.home = start > low ? [start, this.whole[1]] : this.whole;
     this.u = new uPlot(this.options(), uPlot.join(this.lines.map(line => [line.x, line.y])), this.plot);
     this.marker = make("div", {className: "marker", hidden: true});
     this.u.over.append(this.marker);
@@ -198,7 +176,7 @@ class Chart {
     const numbers = (u, splits, i, space, step) => {
       const digits = decimalsOf([+step.toPrecision(3)]);
       const format = {minimumFractionDigits: digits, maximumFractionDigits: digits};
-      return splits.map(value => minus(value.toLocaleString("en-US", format)));
+      return splits.map(value => value.toLocaleString("en-US", format));
     };
     // The last label of the x axis is centred on its tick, which may stand at the plot's edge.
     const right = u => Math.max(14, 4 * (last(u.axes[0]._values || []) || "").length);
@@ -386,8 +364,8 @@ function legend() {
     boxes.forEach(box => box.addEventListener("change", refresh));
     refresh();
     head.append(make("label", {}, all, boxes.length === 1 ? "1 run" : `${boxes.length} runs`));
-    const runs = group.runs.map((run, r) => make("label", {title: run.name}, boxes[r], `${r + 1}`,
-                                                 make("span", {className: "value"})));
+    const runs = group.runs.map((run, r) => make("label", {title: run.name}, boxes[r], `${r + 1}`, make(
+      "span", {className: "value"}, run.loss.length ? last(run.loss).toFixed(decimalsOf(run.loss)) : "no loss")));
     const summary = make("summary", {className: "plain"}, "each run, with its last loss");
     return make("div", {className: "group"}, head,
       make("details", {open: boxes.length < 9}, summary, make("div", {className: "group-runs"}, ...runs)));
@@ -395,7 +373,7 @@ function legend() {
 }
 
 function table({caption, header, rows}) {
-  const isNumber = text => /^[+\u2212]?[\d,.]*(e[-\u2212]?\d+| to [+\u2212]?[\d.]+)?$/.test(text);
+  const isNumber = text => /^[+-]?[\d,.]*(e-?\d+| to [+-]?[\d.]+)?$/.test(text);
   const numeric = header.map((_, i) => i > 0 && rows.every(row => isNumber(row[i])));
   const cells = (row, scope) => row.map((text, i) => make(scope === "col" || i === 0 ? "th" : "td", {
     className: numeric[i] ? "number" : "", ...(scope === "col" || i === 0 ? {scope} : {})}, text));
@@ -413,7 +391,7 @@ function fill(id, tables, nothing = "") {
 
 function texts() {
   document.title = document.querySelector("h1").textContent = data.title;
-  for (const id of ["headline", "places", "thinning"]) byId(id).textContent = data[id];
+  for (const id of ["headline", "thinning"]) byId(id).textContent = data[id];
   byId("sentences").replaceChildren(...data.sentences.map(text => make("p", {}, text)));
   byId("warnings").replaceChildren(...data.warnings.map(text => make("p", {className: "hint"}, `Warning: ${text}.`)));
   byId("claim").hidden = !fill("sides", [data.sides, data.difference]);
@@ -448,7 +426,7 @@ function texts() {
 
 const lossChart = new Chart(byId("loss-chart"), {
   title: () => choice.y === "loss" ? "Validation loss (nats/token)" : "Difference of the loss (0.001 nats/token)",
-  x: () => choice.x === "step" ? "step" : `training time (${timeUnit().name})`,
+  x: () => choice.x === "step" ? "step" : "training time (min)",
   lines: lossLines, early: () => EARLY[choice.y]});
 const counting = () => data.groups.filter(group => group.final).length;
 const finalChart = new Chart(byId("final-chart"), {
@@ -459,30 +437,24 @@ const finalChart = new Chart(byId("final-chart"), {
                 values: (u, splits) => splits.map(g => data.groups[-g].final ? data.groups[-g].label : "")})});
 const stepChart = new Chart(byId("step-chart"), {
   title: () => "Milliseconds per step; the mean is taken between validations", lines: stepTimeLines, stepped: true});
-let charts = [lossChart, finalChart, stepChart], names = "", keys = "";
+let charts = [lossChart, finalChart, stepChart], names = "";
 
 /** One small chart for each scalar and each field of the step lines. */
 function multiples() {
-  const found = [...new Set([...curves(), ...data.groups].flatMap(
-    curve => [...Object.keys(curve.scalars || {}), ...Object.keys(curve.fields || {})]))];
+  const found = [...new Set(curves().flatMap(
+    curve => [...Object.keys(curve.scalars), ...Object.keys(curve.fields || {})]))];
   byId("scalars").hidden = !found.length;
   if (names === found.join()) return;
   names = found.join();
   const hosts = found.map(() => make("div"));
   document.querySelector(".multiples").replaceChildren(...hosts);
   charts = [lossChart, finalChart, stepChart, ...found.map((name, i) => new Chart(hosts[i], {
-    title: () => name, lines: () => scalarLines(name), small: true}))];
+    title: () => name, lines: () => scalarLines(name), height: () => 210}))];
 }
 
 function show() {
   texts();
-  const found = data.groups.flatMap((group, g) => group.runs.map(run => keyOf(g, run))).join();
-  if (keys !== found) legend();
-  keys = found;
-  const losses = data.groups.flatMap(group => group.runs.map(run => run.loss));
-  document.querySelectorAll("#legend .value").forEach((span, i) => {
-    span.textContent = losses[i].length ? last(losses[i]).toFixed(decimalsOf(losses[i])) : "no loss";
-  });
+  legend();
   byId("reference").textContent = reference() ? reference().label : "";
   byId("loss").hidden = !lossLines().length;
   byId("against").hidden = !curves().some(curve => curve.ms.some(ms => ms !== null));
@@ -496,17 +468,17 @@ function show() {
     section => make("a", {href: `#${section.id}`}, section.querySelector("h2").textContent)));
 }
 
-let tag = "";
+let grew = 0;
 async function poll() {
   const line = byId("live");
   try {
-    const response = await fetch("data.json", {cache: "no-store", headers: tag ? {"If-None-Match": tag} : {}});
-    if (response.status === 200) {
-      tag = response.headers.get("ETag");
-      const found = await response.json();
-      if (!found.error) { data = found; show(); }
-      line.textContent = found.error || `Live: the log last grew at ${new Date(1000 * found.grew).toLocaleString()}.`;
-    } else if (response.status !== 304) throw new Error(response.statusText);
+    const found = await (await fetch("data.json", {cache: "no-store"})).json();
+    if (found.grew && found.grew !== grew) {
+      grew = found.grew;
+      data = found;
+      show();
+    }
+    line.textContent = found.error || `Live: the log last grew at ${new Date(1000 * grew).toLocaleString()}.`;
     line.classList.remove("lost");
   } catch {
     line.classList.add("lost");
@@ -515,25 +487,12 @@ async function poll() {
   setTimeout(poll, 2000);
 }
 
-/** On paper everything is light, and the tables are open. */
-function print(isPrinting) {
-  root.classList.toggle("printing", isPrinting);
-  document.querySelectorAll("details.all").forEach(details => {
-    if (isPrinting) details.dataset.open = details.open ? "1" : "";
-    details.open = isPrinting || details.dataset.open === "1";
-  });
-  charts.forEach(chart => chart.draw());
-}
-
 document.querySelectorAll("input[type=radio]").forEach(input => input.addEventListener("change", () => {
   choice[input.name] = input.value;
   lossChart.range = lossChart.chosen = null;
   lossChart.out.replaceChildren();
   lossChart.draw();
 }));
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => charts.forEach(chart => chart.draw()));
-addEventListener("beforeprint", () => print(true));
-addEventListener("afterprint", () => print(false));
 show();
 if (data.live) {
   byId("live").hidden = false;

@@ -74,11 +74,6 @@ def describe(steps: list[int], config: tgm.Config) -> str:
     return ", ".join(tgm.as_fields(config.model_inputs(step)) for step in steps)
 
 
-def as_fused(config: tgm.Config) -> tgm.Config:
-    """With the fused head, which is given the logits that the loss as it is written begins with."""
-    return replace(config, fused_head=True) if hasattr(config, "fused_head") else config
-
-
 @torch.no_grad()
 def record_logits(model: nn.Module, ids: Tensor, step: int) -> tuple[Tensor, float]:
     """What the model hands to the loss operation at `step`: logits [T, V], not yet capped, and their cap.
@@ -91,7 +86,10 @@ def record_logits(model: nn.Module, ids: Tensor, step: int) -> tuple[Tensor, flo
         calls.append((logits, softcap))
         return logits.new_zeros(len(logits), dtype=torch.float32)
 
-    with patch.object(tgm, "cross_entropy", record), patch.object(model, "config", as_fused(model.config)):
+    config = model.config
+    if hasattr(config, "fused_head"):  # which is given the logits that the loss as it is written begins with
+        config = replace(config, fused_head=True)
+    with patch.object(tgm, "cross_entropy", record), patch.object(model, "config", config):
         model(ids.to(device), ids.roll(-1).long().to(device), **tgm.inputs_at(step, model.config, device))
     if not calls:
         raise tgm.UserError("the model's logits are not seen, since its loss is not the trainer's cross_entropy.")
