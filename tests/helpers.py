@@ -1,11 +1,11 @@
 """What several tests need: the golden weights, small configurations, shards, processes, and runs that are watched."""
 import json
+import multiprocessing
 import os
 import signal
 import socket
 import struct
 import sys
-import traceback
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,10 @@ TRAINER = ROOT / "train_gpt_medium.py"
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ALONE = tgm.World(rank=0, size=1, device=CPU)
+# Processes are forked from a server that has imported torch, which takes seconds, and nothing of the repository.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["numpy", "torch._dynamo.callback", "torch.distributed.launcher.api", "tqdm", "triton",
+                               "torch.nn.attention.flex_attention"])
 NUM_STEPS = 3  # outer steps of Snoo after the first and the third
 
 
@@ -144,28 +148,28 @@ def train_few_layers(folder: Path, **changes) -> tuple[tgm.Config, Path]:
     return config, next((folder / "checkpoints").iterdir())
 
 
-def _rank_main(rank: int, size: int, port: int, function, args, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def free_port() -> str:
+    """Of the loopback."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def _rank_main(rank: int, size: int, port: str, function, args, folder: Path) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     torch.set_num_threads(1)
-    try:
-        if size > 1:
-            dist.init_process_group("gloo", rank=rank, world_size=size)
-        torch.save(function(tgm.World(rank, size, CPU), *args), Path(folder) / f"{rank}.pt")
-        if size > 1:
-            dist.barrier()
-            dist.destroy_process_group()
-    except Exception:
-        traceback.print_exc()
-        raise
+    if size > 1:
+        dist.init_process_group("gloo", rank=rank, world_size=size)
+    torch.save(function(tgm.World(rank, size, CPU), *args), folder / f"{rank}.pt")
+    if size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def run_ranks(size: int, function, *args, folder: Path) -> list:
     """`function(world, *args)` in `size` gloo processes; its results by rank."""
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(_rank_main, args=(size, port, function, args, str(folder)), nprocs=size)
+    mp.start_processes(_rank_main, (size, free_port(), function, args, folder), size, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 

@@ -1,10 +1,9 @@
 """Copies of the trainer that can harm themselves, and the processes that run them, for test_faults.py.
 
 A copy is the script with two lines more before its guard: one sets the constants, one installs a fault of faults.py.
-Processes are forked from a server that has imported torch, which takes seconds; all else, the script's guard and
-torchrun included, runs in them.
+Processes are forked from a server that has imported torch; all else, the script's guard and torchrun included, runs
+in them.
 """
-import multiprocessing
 import os
 import runpy
 import signal
@@ -12,11 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-from helpers import TRAINER, environment
+from helpers import SERVER, TRAINER, environment
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["numpy", "torch._dynamo.callback", "torch.distributed.launcher.api", "tqdm", "triton",
-                               "torch.nn.attention.flex_attention"])
 LIMIT_S = 120  # for a whole run, on a machine that others use too
 
 

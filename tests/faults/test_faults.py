@@ -3,7 +3,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 import records
 import train_gpt_medium as tgm
 from fault_driver import Started, is_alive, state_of, wait_for, write_copy
-from helpers import ALONE, FEW_LAYERS, ROOT, random_ids, same, small_config, tensors, write_shard
+from helpers import ALONE, FEW_LAYERS, ROOT, free_port, random_ids, same, small_config, tensors, write_shard
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists() or torch.cuda.is_available(),
                                 reason="reads the state of processes in /proc, and starts ranks without GPUs")
@@ -309,10 +308,8 @@ def test_another_runs_checkpoint_is_refused_with_what_differs(config, copied, tm
 
 def test_more_ranks_than_wrote_a_checkpoint(copied):
     folder = str(Path(saved(copied)[-1]).parent)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        variables = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", RESUME_FROM=folder,
-                         MASTER_PORT=str(listener.getsockname()[1]))
+    variables = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(),
+                     RESUME_FROM=folder)
     with Started(copied, RANK="0", **variables) as one, Started(copied, RANK="1", **variables) as other:
         (code, console), (other_code, other_console) = one.finish(), other.finish()
     assert code == other_code == 1 and sentence(console) == sentence(other_console)

@@ -2,7 +2,6 @@
 import difflib
 import json
 import shutil
-import socket
 import subprocess
 from itertools import accumulate
 from pathlib import Path
@@ -14,8 +13,8 @@ import torch
 import train_gpt_medium as tgm
 from compare import compare_sides, read_side
 from edited import SIZES, constants_of, run_copy
-from fault_driver import SERVER
-from helpers import ALONE, FEW_LAYERS, ROOT, TRAINER, environment, random_ids, small_config, write_shard
+from helpers import ALONE, FEW_LAYERS, ROOT, SERVER, TRAINER, environment, free_port, random_ids, small_config, \
+    write_shard
 from report import curves_of
 from run_log import Run, read_log
 
@@ -109,9 +108,7 @@ def write_shards(folder: Path, edit: Edit) -> None:
 
 def run_processes(copy: Path, kept: tuple[str, ...]) -> None:
     """One rank, and two that share the work."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        variables = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]), OMP_NUM_THREADS="1")
+    variables = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), OMP_NUM_THREADS="1")
     processes = {}
     for size, rank in ((1, 0), (2, 0), (2, 1)):
         (copy / f"ranks_{size}").mkdir(exist_ok=True)

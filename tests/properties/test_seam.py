@@ -4,7 +4,6 @@ Two layers of its own, a rule of its own with a state, two stages with batches a
 inputs of the model than the trainer's.
 """
 import re
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from helpers import CPU, TRAINER, environment, random_ids, write_shard
+from helpers import CPU, TRAINER, environment, free_port, random_ids, write_shard
 from train_gpt_medium import Group, Run, Stage, attend, attention_masks, fused_head_loss, inputs_at, start
 
 WIDTH = 64
@@ -96,10 +95,7 @@ def logs(tmp_path_factory) -> dict[str, str]:
     for folder in folders.values():  # all pieces are equal, so that losses are, to the last digit
         write_shard(folder / "shards" / "text_train_000001.bin", [*period.repeat(24), period[0]])
         write_shard(folder / "shards" / "text_val_000000.bin", random_ids(1025, config))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
-    node = ("--nnodes=2", "--rdzv_id=seam", "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}",
+    node = ("--nnodes=2", "--rdzv_id=seam", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}",
             "--local_addr=127.0.0.1")
     started = [start_script(folders["one"]), start_script(folders["two"], "--standalone"),
                start_script(folders["first"], *node), start_script(folders["second"], *node)]
