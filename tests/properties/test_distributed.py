@@ -12,7 +12,8 @@ from helpers import FEW_LAYERS, NUM_STEPS, assert_one_run, give_gradients, num_b
     small_config, train_and_report, watch_a_step, write_shard, write_text_folder
 
 SIZES = (1, 2, 4, 8)
-ONE_STAGE = small_config(num_slices=8, seq_len=128, num_iterations=NUM_STEPS, val_seq_len=256, val_tokens=1024)
+ONE_STAGE = small_config(layers=FEW_LAYERS, backout_from=1, num_slices=8, seq_len=128, num_iterations=NUM_STEPS,
+                         val_seq_len=256, val_tokens=1024)
 
 
 class Late:
@@ -40,10 +41,9 @@ def steps_with_late_collectives(world: tgm.World, config: tgm.Config, late: bool
 
 
 def report(world: tgm.World, identical: tgm.Config, distinct: tgm.Config) -> dict:
-    few_layers = tgm.replace(identical, layers=FEW_LAYERS, backout_from=1)
     return dict(identical=train_and_report(world, identical), distinct=train_and_report(world, distinct),
                 watched=watch_a_step(world, identical),
-                late={late: steps_with_late_collectives(world, few_layers, late) for late in (False, True)})
+                late={late: steps_with_late_collectives(world, identical, late) for late in (False, True)})
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +55,9 @@ def reports(tmp_path_factory) -> dict[int, list[dict]]:
     write_shard(folder / "identical" / "text_train_000001.bin", [*period.repeat(NUM_STEPS * 8), period[0]])
     write_shard(folder / "identical" / "text_val_000000.bin", random_ids(ONE_STAGE.val_tokens + 1, ONE_STAGE))
     identical = tgm.replace(ONE_STAGE, data_dir=str(folder / "identical"))
-    growing = (tgm.Stage(until=0.5, num_slices=8), tgm.Stage(num_slices=16))
-    distinct = write_text_folder(folder / "distinct", tgm.replace(ONE_STAGE, dtype=torch.float32, stages=growing))
+    growing = (tgm.Stage(until=0.5, num_slices=4), tgm.Stage(num_slices=8))
+    distinct = write_text_folder(folder / "distinct", tgm.replace(  # as many slices as ranks, or fewer: of two pieces
+        ONE_STAGE, dtype=torch.float32, stages=growing, seq_len=256, micro_seq_len=128, val_seq_len=512))
     return {size: run_ranks(size, report, identical, distinct, folder=folder / str(size)) for size in SIZES}
 
 
@@ -70,7 +71,7 @@ def test_identical_slices_give_bitwise_equal_parameters(reports):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_distinct_slices_of_a_growing_batch_give_the_same_update(reports, size):
+def test_distinct_pieces_of_a_growing_batch_give_the_same_update(reports, size):
     assert_one_run([rank_report["distinct"] for rank_report in reports[size]], reports[1][0]["distinct"])
 
 
@@ -80,25 +81,6 @@ def test_nothing_that_a_collective_reads_or_writes_is_touched_before_its_wait(re
     for rank_report in reports[size]:
         on_time, late = rank_report["late"][False], rank_report["late"][True]
         assert [name for name, p in late.items() if not torch.equal(p, on_time[name])] == []
-
-
-def make_plan(config: tgm.Config, size: int) -> dict[str, tuple]:
-    """By bank, in the order of sending: rule, dtype, shape of a rank's shard, padding. Counted from the groups."""
-    with torch.device("meta"):
-        params = dict(config.make_model().named_parameters())
-    plan = {}
-    for group_name, roles, rule in config.groups:
-        banks: dict[tuple, dict[str, int]] = {}  # numbers by unit and dtype, and by role
-        for role in roles:
-            for p in (p for name, p in params.items() if name.split(".")[-1] == role):
-                unit = tuple(p.shape[-rule.unit_dims:]) if rule.unit_dims else (128,)
-                numbers = banks.setdefault((unit, p.dtype), {})
-                numbers[role] = numbers.get(role, 0) + p.numel()
-        for (unit, dtype), numbers in banks.items():
-            units, total = math.ceil(sum(numbers.values()) / (math.prod(unit) * size)), sum(numbers.values())
-            plan[group_name if len(banks) == 1 else "_".join(numbers)] = (
-                rule, dtype, (units, *unit), units * math.prod(unit) * size - total)
-    return plan
 
 
 def make_optimizer(config: tgm.Config, size: int) -> tgm.Optimizer:
@@ -114,21 +96,25 @@ def test_banks_are_the_groups_parameters_of_one_unit(preset, size):
     """At the preset's full size; a rank holds the states of its shards alone."""
     config = tgm.PRESETS[preset]()
     optimizer = make_optimizer(config, size)
-    rules = [rule for rule, _, banks in optimizer.groups for _ in banks]
-    found = [(name, (rule, bank.buffer.dtype, tuple(bank.shard.shape), bank.padding))
-             for rule, (name, bank) in zip(rules, optimizer.banks.items(), strict=True)]
-    assert found == list(make_plan(config, size).items())
-    for name, bank in optimizer.banks.items():
-        assert bank.buffer.numel() == size * bank.shard.numel(), name
-        assert {x.numel() for x in bank.state.values()} <= {1, bank.shard.numel()}, name
+    assert [rule for rule, *_ in optimizer.groups] == [group.rule for group in config.groups]
+    banked = [p for bank in optimizer.banks.values() for p in bank.params]
+    assert sorted(map(id, banked)) == sorted(map(id, optimizer.params))
+    for rule, _, banks in optimizer.groups:
+        for bank in banks:
+            unit = tuple(bank.shard.shape[1:])
+            assert {(p.dtype, tuple(p.shape[-rule.unit_dims:]) if rule.unit_dims else (128,)) for p in bank.params} == {
+                (bank.buffer.dtype, unit)}
+            assert bank.buffer.numel() == size * bank.shard.numel() == sum(map(torch.numel, bank.params)) + bank.padding
+            assert 0 <= bank.padding < size * math.prod(unit)
+            assert {x.numel() for x in bank.state.values()} <= {1, bank.shard.numel()}
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_step_sends_what_the_plan_says(reports, size):
     """Recorded at the process group: count, order, bytes; nothing on one rank; no more in a step with an outer one."""
-    plan = [(operation, str(dtype), math.prod(shard) * size * dtype.itemsize)
+    plan = [(operation, str(bank.buffer.dtype), bank.buffer.nbytes)
             for operation in ("alltoall_base_", "_allgather_base_") if size > 1
-            for _, dtype, shard, _ in make_plan(ONE_STAGE, size).values()]
+            for bank in make_optimizer(ONE_STAGE, size).banks.values()]
     for rank_report in reports[size]:
         assert rank_report["watched"]["collectives"] == [plan] * NUM_STEPS
         assert rank_report["watched"]["padding_is_zero"]
@@ -137,20 +123,17 @@ def test_a_step_sends_what_the_plan_says(reports, size):
 @pytest.mark.parametrize("size", SIZES)
 def test_a_step_takes_no_more_memory_than_it_must(reports, size):
     """Besides parameters, the gradients it is given, and states."""
-    packed, numbers = 0, []
-    matrices: dict[tgm.Muon, int] = {}
-    for rule, dtype, shard, _ in make_plan(ONE_STAGE, size).values():
-        numbers.append(math.prod(shard) * size)
-        packed += numbers[-1] * dtype.itemsize
-        if isinstance(rule, tgm.Muon):
-            matrices[rule] = matrices.get(rule, 0) + math.prod(shard)
+    optimizer = make_optimizer(ONE_STAGE, size)
+    buffers = [bank.buffer for bank in optimizer.banks.values()]
+    packed = sum(buffer.nbytes for buffer in buffers)
     received = packed if size > 1 else 0
     # Eager code averages one bank with 6 bytes a number: its fp32 copy and the sums of pairs. It updates this rank's
     # matrices of a group with 16.5: directions by bank and as a batch, 4; X, two products and their sum, 8; A and four
     # products, a quarter of X each, 2.5; the fp32 gradient of one of the two banks, 2.
-    average = 6 * max(numbers) if size > 1 else 0
-    update = 16.5 * max(matrices.values())
-    states = {name: num_bytes(state) for name, state in make_optimizer(ONE_STAGE, size).state_dict().items()}
+    average = 6 * max(buffer.numel() for buffer in buffers) if size > 1 else 0
+    update = 16.5 * max(sum(bank.shard.numel() for bank in banks) for rule, _, banks in optimizer.groups
+                        if isinstance(rule, tgm.Muon))
+    states = {name: num_bytes(state) for name, state in optimizer.state_dict().items()}
     for rank_report in reports[size]:
         assert 0 < rank_report["watched"]["step_bytes"] <= packed + received + max(average, update)
         assert rank_report["watched"]["state_bytes"] == states

@@ -1,9 +1,8 @@
-"""micro_seq_len: a slice in pieces. What a border cuts, that nothing else changes; any number of ranks."""
+"""micro_seq_len: a slice in pieces. What a border cuts, and that nothing else changes."""
 import torch
 
 import train_gpt_medium as tgm
-from helpers import CPU, assert_one_run, random_ids, randomise, run_ranks, small_config, train_and_report, \
-    write_text_folder
+from helpers import ALONE, CPU, random_ids, randomise, small_config, train_and_report, write_text_folder
 
 
 def test_a_batch_in_pieces_is_the_batch_of_as_many_short_slices(tmp_path):
@@ -12,8 +11,7 @@ def test_a_batch_in_pieces_is_the_batch_of_as_many_short_slices(tmp_path):
     long = tgm.replace(short, stages=(tgm.Stage(num_slices=2),), seq_len=256, micro_seq_len=128, val_seq_len=512)
     assert (long.piece_len, long.val_piece_len) == (128, 256)
     folder = write_text_folder(tmp_path, short).data_dir
-    one, other = (run_ranks(1, train_and_report, tgm.replace(config, data_dir=folder), folder=tmp_path / name)[0]
-                  for name, config in (("short", short), ("long", long)))
+    one, other = (train_and_report(ALONE, tgm.replace(config, data_dir=folder)) for config in (short, long))
     assert all(map(torch.equal, one["seen"], other["seen"])) and one["val_loss"] == other["val_loss"]
     assert [name for name, p in one["params"].items() if not torch.equal(p, other["params"][name])] == []
 
@@ -32,10 +30,3 @@ def test_within_a_document_a_border_cuts_the_context():
     difference = difference_of_halves(config, random_ids(512, config, mean_doc=10 ** 9))
     assert (difference[:256] < 1e-4).all()
     assert (difference[256:] > 1e-3).all()  # every later token has seen less
-
-
-def test_six_ranks_share_two_slices_of_three_pieces(tmp_path):
-    config = write_text_folder(tmp_path, small_config(
-        dtype=torch.float32, num_slices=2, seq_len=384, micro_seq_len=128, val_seq_len=384, val_tokens=768))
-    (alone,) = run_ranks(1, train_and_report, config, folder=tmp_path / "1")
-    assert_one_run(run_ranks(6, train_and_report, config, folder=tmp_path / "6"), alone)
