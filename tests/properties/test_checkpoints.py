@@ -3,6 +3,7 @@ import os
 import re
 import signal
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import memory
 import train_gpt_medium as tgm
-from helpers import ALONE, FEW_LAYERS, enter, random_ids, run_main, run_ranks, same, small_config, write_shard
+from helpers import ALONE, FEW_LAYERS, enter, random_ids, run_main, run_ranks, same, small_config, train_few_layers, \
+    write_shard
 
 STOP_AFTER = 3  # steps: between two outer ones, in the middle of the second of three shards
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -32,6 +34,7 @@ def straight_and_resumed(world: tgm.World, config: tgm.Config, folder: Path) -> 
     os.chdir(folder)
     saving = tgm.replace(config, checkpoint_minutes=1000.0, seed=7)
     straight = run_main(world, tgm.replace(config, seed=7))
+    assert not Path("checkpoints").exists()  # off unless asked for
     stopped = run_main(world, saving, stop_after=STOP_AFTER)
     resumed = run_main(world, saving, resume_from=str(next(Path("checkpoints").iterdir())))
     return dict(straight=straight, stopped=stopped, resumed=resumed)
@@ -44,7 +47,7 @@ def lines_of(folder: Path) -> list[tuple[str, list]]:
     return [(text.split("=" * 100 + "\n")[-2], step.findall(text)) for text in texts]
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 4])
 def test_stop_and_resume_equal_a_straight_run_bit_for_bit(config, tmp_path, size):
     reports = run_ranks(size, straight_and_resumed, config, tmp_path, folder=tmp_path / "ranks")
     for rank, report in enumerate(reports):
@@ -62,59 +65,45 @@ def test_stop_and_resume_equal_a_straight_run_bit_for_bit(config, tmp_path, size
     assert "seed drawn or given: 7\n" in head
 
 
-def train_some(config: tgm.Config, folder: Path, monkeypatch, **changes) -> tgm.Config:
-    enter(folder, monkeypatch)
-    changed = tgm.replace(config, dtype=torch.float32, **changes)
-    tgm.main(changed)
-    return changed
-
-
-def saved_steps(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.glob("checkpoints/*/step_*") if (path / "rank_0.pt").exists())
-
-
-def test_the_last_two_are_kept_and_the_end_is_one(config, tmp_path, monkeypatch):
-    train_some(config, tmp_path, monkeypatch, checkpoint_every=1)
-    assert saved_steps(tmp_path) == ["step_000005", "step_000006"]
-    assert not list(tmp_path.rglob("*.unfinished"))
-    assert len(list(tmp_path.glob("checkpoints/*/*"))) == 2  # no empty folders
-    size = next(tmp_path.glob("checkpoints/*/step_000006/rank_0.pt")).stat().st_size
-    expected = memory.checkpoint_bytes(tgm.replace(config, dtype=torch.float32))  # what the disk is looked at for
-    assert 0 < size - expected < 2**16  # random states, constants, names
-
-
-def test_minutes_count_from_the_last_one(config, tmp_path, monkeypatch):
-    """A clock of its own: every look at it is half a minute later."""
-    now = iter(range(0, 10_000, 30))
-    monkeypatch.setattr(tgm.time, "monotonic", lambda: next(now))
-    saved, save = [], tgm.Checkpoints.save
-    monkeypatch.setattr(tgm.Checkpoints, "save",
-                        lambda self, step, *rest: saved.append(step) or save(self, step, *rest))
-    train_some(config, tmp_path, monkeypatch, checkpoint_minutes=1.0)
-    assert saved == [2, 4, 6]
-
-
-def test_a_finished_run_resumes_to_its_validation(config, tmp_path, monkeypatch):
-    changed = train_some(config, tmp_path, monkeypatch, checkpoint_every=4)
-    (run,) = (tmp_path / "checkpoints").iterdir()
-    tgm.main(changed, str(run))
-    (_, whole), (_, rest) = lines_of(tmp_path)
-    assert rest == whole[-1:] and rest[0][0] == "6"
-
-
-def test_the_clock_continues(config, tmp_path, monkeypatch):
-    changed = train_some(config, tmp_path, monkeypatch, checkpoint_every=4)
-    saved = torch.load(next(tmp_path.glob("checkpoints/*/step_000004/rank_0.pt")), weights_only=True)
-    tgm.main(changed, str(next(tmp_path.glob("checkpoints/*/step_000004"))))
-    log = max((tmp_path / "logs").iterdir(), key=os.path.getmtime).read_text()
+def test_the_last_two_are_kept_and_resumed(tmp_path):
+    """To the end, with the clock going on, or after the end: then the last validation is repeated."""
+    handlers = [signal.getsignal(number) for number in STOPS]
+    config, run = train_few_layers(tmp_path, num_iterations=6, checkpoint_every=2)
+    assert sorted(str(path.relative_to(run)) for path in run.rglob("*")) == [
+        "step_000004", "step_000004/rank_0.pt", "step_000006", "step_000006/rank_0.pt"]
+    expected = memory.checkpoint_bytes(config)  # what the disk is looked at for
+    assert 0 < (run / "step_000006" / "rank_0.pt").stat().st_size - expected < 2**16  # random states, constants, names
+    with pytest.MonkeyPatch.context() as patch:
+        enter(tmp_path, patch)
+        for where in (run / "step_000004", run):
+            tgm.main(config, str(where))
+    assert [signal.getsignal(number) for number in STOPS] == handlers
+    (_, whole), (_, rest), (_, end) = lines_of(tmp_path)
+    assert (rest, end) == (whole[-4:], whole[-1:]) and [step for step, *_ in rest] == ["4", "5", "6", "6"]
+    log = sorted((tmp_path / "logs").iterdir(), key=os.path.getmtime)[1].read_text()
     milliseconds = [int(ms) for ms in re.findall(r"^step:\d+/6 .*train_time:(\d+)ms", log, re.M)]
+    saved = tgm.load_part(run / "step_000004" / "rank_0.pt")
     assert milliseconds[0] == round(1000 * saved["seconds"]) > 0 and milliseconds == sorted(milliseconds)
 
 
-@pytest.mark.parametrize("content", [{"model": 1}, [1, 2], {"made_by": {}}])
-def test_a_file_of_something_else_is_refused(config, tmp_path, monkeypatch, content):
+def test_minutes_count_from_the_last_one(tmp_path, monkeypatch):
+    """A clock of its own: every look at it is half a minute later."""
+    now, saved, save = iter(range(0, 10_000, 30)), [], tgm.Checkpoints.save
+    monkeypatch.setattr(tgm.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(tgm.Checkpoints, "save",
+                        lambda self, step, *rest: saved.append(step) or save(self, step, *rest))
+    train_few_layers(tmp_path, num_iterations=6, checkpoint_every=0, checkpoint_minutes=1.0)
+    assert saved == [2, 4, 6]
+
+
+@pytest.fixture
+def checkpoints(config, tmp_path, monkeypatch) -> tgm.Checkpoints:
     monkeypatch.chdir(tmp_path)
-    checkpoints = tgm.Checkpoints(config, "source", tgm.find_shards(config)[0], "run", 0, ALONE)
+    return tgm.Checkpoints(config, "source", tgm.find_shards(config)[0], "run", 0, ALONE)
+
+
+@pytest.mark.parametrize("content", [{"model": 1}, [1, 2], {"made_by": {}}])
+def test_a_file_of_something_else_is_refused(checkpoints, tmp_path, content):
     torch.save(content, tmp_path / "rank_0.pt")
     refused = r"rank_0\.pt (is torn or damaged|was made with another preset \(None, here)"
     with pytest.raises(tgm.UserError, match=refused):
@@ -131,10 +120,8 @@ def heard():
 
 
 @pytest.mark.parametrize("number", STOPS)
-def test_a_signal_between_two_looks_is_not_forgotten(heard, config, tmp_path, monkeypatch, number):
+def test_a_signal_between_two_looks_is_not_forgotten(heard, checkpoints, number):
     """It comes while the ranks tell each other that there was none; a second one changes nothing."""
-    monkeypatch.chdir(tmp_path)
-    checkpoints = tgm.Checkpoints(config, "source", tgm.find_shards(config)[0], "run", 0, ALONE)
     gather = checkpoints._gather
     with checkpoints.signals_noted():
         checkpoints._gather = lambda value: (gather(value), os.kill(os.getpid(), number))[0]
@@ -144,13 +131,9 @@ def test_a_signal_between_two_looks_is_not_forgotten(heard, config, tmp_path, mo
         assert checkpoints.due(2) and checkpoints.stopped_by == number
 
 
-def test_content_and_names_are_on_disk_before_older_ones_are_deleted(config, tmp_path, monkeypatch):
+def test_content_and_names_are_on_disk_before_older_ones_are_deleted(config, checkpoints, monkeypatch):
     """The order of what reaches the file system when the third checkpoint is saved."""
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    model = tgm.GPT(config)
-    optimizer = tgm.Optimizer(model, config, ALONE)
-    checkpoints = tgm.Checkpoints(config, "source", tgm.find_shards(config)[0], "run", 0, ALONE)
+    optimizer = tgm.Optimizer(tgm.GPT(config), config, ALONE)
     for step in (1, 2):
         checkpoints.save(step, 0.0, optimizer)
     calls, unlink = [], Path.unlink
@@ -177,71 +160,29 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def operations_of_steps(config: tgm.Config, monkeypatch, loop) -> list[str]:
-    """What `loop(model, optimizer, loader, val_shard)` does between its first and its last training step."""
+def operations_of_steps(config: tgm.Config, checkpoints: tgm.Checkpoints | None) -> tuple[list[str], int]:
+    """Of `train`, between its first and its last step; how often it waits for the device."""
     torch.manual_seed(0)
     train_shards, val_shard = tgm.find_shards(config)
-    model, mode, train_step = tgm.GPT(config), Operations(), tgm.train_step
-    optimizer, loader = tgm.Optimizer(model, config, ALONE), tgm.TrainLoader(train_shards, config, ALONE)
-    marks = []
+    model, loader = tgm.GPT(config), tgm.TrainLoader(train_shards, config, ALONE)
+    mode, marks, train_step = Operations(), [], tgm.train_step
 
     def marked(*arguments):
         marks.append(len(mode.names))
         return train_step(*arguments)
 
-    monkeypatch.setattr(tgm, "train_step", marked)
-    with mode:
-        loop(model, optimizer, loader, val_shard)
+    with mode, mock.patch.object(tgm, "train_step", marked), mock.patch.object(tgm.Clock, "_wait_for_all") as waits:
+        tgm.train(model, tgm.Optimizer(model, config, ALONE), loader, val_shard, ALONE, tgm.Log("run", ALONE),
+                  checkpoints)
     loader.close()
     assert len(marks) == config.num_iterations
-    return mode.names[marks[0]:marks[-1]]
+    return mode.names[marks[0]:marks[-1]], waits.call_count
 
 
-def test_without_checkpoints_a_step_does_nothing_for_them(config, tmp_path, monkeypatch):
+def test_steps_do_nothing_for_checkpoints_that_are_off_or_not_due(config, checkpoints):
     """Nothing is read back from the device in a run's steps, and none of them waits."""
-    monkeypatch.chdir(tmp_path)
     config = tgm.replace(config, dtype=torch.float32, val_every=100)
-    handlers, switches = [], []
-
-    class Watched(tgm.Clock):
-        def __setattr__(self, name, value):
-            switches.extend([value is not None] if name == "started" else [])
-            super().__setattr__(name, value)
-
-    def never(*_, **__):
-        raise AssertionError("made in a run without checkpoints")
-
-    def run(checkpoints):
-        def loop(model, optimizer, loader, val_shard):
-            note = tgm.Watch.note
-            monkeypatch.setattr(tgm.Watch, "note", lambda *arguments: handlers.append(
-                signal.getsignal(signal.SIGTERM)) or note(*arguments))
-            tgm.train(model, optimizer, loader, val_shard, ALONE, tgm.Log("run", ALONE), checkpoints)
-        return loop
-
-    with monkeypatch.context() as patch:
-        patch.setattr(tgm, "Clock", Watched)
-        patch.setattr(tgm.Checkpoints, "__init__", never)
-        off = operations_of_steps(config, monkeypatch, run(None))
-    assert len(off) > 1000
-    assert switches == [False, True, False]  # made; started before the first step, stopped after the last: these wait
-    assert not [name for name in off if "_local_scalar_dense" in name]
-    assert set(handlers) == {signal.SIG_DFL}
-    saving = tgm.replace(config, checkpoint_minutes=1000.0)
-    checkpoints = tgm.Checkpoints(saving, "source", tgm.find_shards(config)[0], "run", 0, ALONE)
-    assert operations_of_steps(config, monkeypatch, run(checkpoints)) == off  # with them, and none due
-
-
-@pytest.mark.parametrize("constants, kept", [({}, False), (dict(checkpoint_every=4), True),
-                                             (dict(checkpoint_minutes=9.0), True)])
-def test_checkpoints_are_off_unless_asked_for(config, tmp_path, monkeypatch, constants, kept):
-    made = []
-    monkeypatch.setattr(tgm, "Checkpoints", lambda *_: made.append(1) or None)
-    train_some(config, tmp_path, monkeypatch, num_iterations=1, kernel_warmup_steps=0, **constants)
-    assert bool(made) == kept
-
-
-def test_signals_are_as_before_after_a_run(config, tmp_path, monkeypatch):
-    before = [signal.getsignal(number) for number in STOPS]
-    train_some(config, tmp_path, monkeypatch, num_iterations=1, kernel_warmup_steps=0, checkpoint_every=1)
-    assert [signal.getsignal(number) for number in STOPS] == before
+    off, num_waits = operations_of_steps(config, None)
+    assert len(off) > 1000 and not [name for name in off if "_local_scalar_dense" in name]
+    assert num_waits == 2  # before the first step, after the last
+    assert operations_of_steps(config, checkpoints)[0] == off
