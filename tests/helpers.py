@@ -52,6 +52,12 @@ def small_config(preset: str = next(iter(tgm.PRESETS)), snoo_every: int = 2, num
     return tgm.replace(config, **({name: size for name, size in sizes.items() if hasattr(config, name)} | changes))
 
 
+# The first of those that are alike at this size.
+DISTINCT_PRESETS = list({
+    repr(tgm.replace(small_config(name), preset="", data_dir="", coordinate_descent_tuning=False)): name
+    for name in reversed(tgm.PRESETS)}.values())
+
+
 def as_window(blocks: int) -> torch.Tensor:
     """The model's window_blocks."""
     return torch.tensor(blocks, dtype=torch.int32)

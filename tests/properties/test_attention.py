@@ -6,7 +6,7 @@ import torch
 
 import plain_twin
 import train_gpt_medium as tgm
-from helpers import as_window, random_ids, randomise, small_config
+from helpers import DISTINCT_PRESETS, as_window, random_ids, small_config
 
 needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 
@@ -87,7 +87,7 @@ def test_block_lists_are_the_sorted_ones(seed, num_blocks):
             assert ((0 <= getattr(mask, index)) & (getattr(mask, index) < num_blocks)).all()
 
 
-@pytest.mark.parametrize("preset", tgm.PRESETS)
+@pytest.mark.parametrize("preset", DISTINCT_PRESETS)
 def test_long_and_short_layers_use_their_windows(preset, monkeypatch):
     """And the options that the script has for them, which may differ."""
     config, seen, attend = small_config(preset, seq_len=1024), [], tgm.attend
@@ -103,7 +103,7 @@ def test_long_and_short_layers_use_their_windows(preset, monkeypatch):
 
 
 @needs_compiler
-@pytest.mark.parametrize("kv_heads, num_cases", [(2, 30), (1, 3)])
+@pytest.mark.parametrize("kv_heads, num_cases", [(2, 10), (1, 3)])
 def test_compiled_flex_attention_equals_the_dense_path(kv_heads, num_cases):
     T, H, D, doc_token = 1024, 2, 32, 256
 
@@ -134,20 +134,3 @@ def test_fewer_heads_of_keys_each_serve_several_of_queries():
         outcomes.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v))))
     for grouped, repeated in zip(*outcomes):
         torch.testing.assert_close(grouped, repeated, rtol=1e-5, atol=1e-5)  # fp32 sums of 256 terms
-
-
-@needs_compiler
-def test_compiled_model_on_the_flex_branch_equals_the_dense_path(monkeypatch):
-    """What CUDA compiles, the block masks inside the graph included, in one graph (fullgraph)."""
-    layers = (tgm.Layer(value_embed=0, long_window=True), tgm.Layer(attention=False), tgm.Layer(skip_from=0))
-    config = small_config(layers=layers, backout_from=1, seq_len=512, dtype=torch.float32)
-    model = tgm.GPT(config)
-    randomise(model)
-    batches = [(random_ids(513, config, seed, mean_doc=60), as_window(seed + 1)) for seed in range(3)]
-    with torch.no_grad():
-        dense = [model.latents(ids[:-1], w) for ids, w in batches]
-        monkeypatch.setattr(tgm, "dense_mask", lambda mask: mask)
-        compiled = torch.compile(model.latents, fullgraph=True, dynamic=False)
-        for (ids, w), expected in zip(batches, dense):
-            # Three layers of fp32 rounding on latents of order one.
-            torch.testing.assert_close(compiled(ids[:-1], w), expected, rtol=1e-5, atol=1e-5)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import train_gpt_medium as tgm
-from helpers import ALONE, NUM_STEPS, give_gradients, randomise, relative, small_config
+from helpers import ALONE, DISTINCT_PRESETS, NUM_STEPS, give_gradients, randomise, relative, small_config
 
 
 def as_tensors(numbers: dict[str, float]) -> dict[str, torch.Tensor]:
@@ -135,7 +135,7 @@ def test_gradients_are_clipped_to_one_norm_of_them_all(share, monkeypatch):
     assert torch.equal(clipped, unclipped) if scale == 1 else relative(clipped, scale * unclipped) < 1e-5
 
 
-@pytest.mark.parametrize("preset", tgm.PRESETS)
+@pytest.mark.parametrize("preset", DISTINCT_PRESETS)
 def test_a_step_is_what_the_rules_make_of_every_parameter_alone(preset):
     """Banks, batches and the order of groups change no number: fp32, with the bound of Muon's formula above."""
     config = small_config(preset, dtype=torch.float32, clip_norm=None)

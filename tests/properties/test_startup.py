@@ -28,9 +28,10 @@ def make_model() -> tgm.GPT:
 
 
 # A pass with gradients and one without: the whole model, or three kinds of block, the embeddings and the end.
-# And the loss, where it trains as it is written.
+# And the loss, where it trains as it is written. More kinds of block than torch's own limit lets share one function.
 @pytest.mark.parametrize("whole, graphs", [(True, 2), (False, 2 * (5 + (not tgm.Config().fused_head)))])
-def test_nothing_compiles_after_warm_up(whole, graphs):
+def test_nothing_compiles_after_warm_up(monkeypatch, whole, graphs):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     model = make_model()
     tgm.compile_model(model, whole, backend="aot_eager")
     compiled = partial(torch.compile, dynamic=False, fullgraph=True, backend="aot_eager")
@@ -44,16 +45,6 @@ def test_nothing_compiles_after_warm_up(whole, graphs):
         ids = random_ids(257, model.config)
         model(ids[:-1], ids[1:].long(), as_window(3))
     assert counters["stats"]["unique_graphs"] == graphs
-
-
-def test_every_layer_may_be_a_kind_of_its_own(monkeypatch):
-    """More kinds of block than torch's own limit of recompilations lets share one function."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
-    model = make_model()
-    tgm.compile_model(model, whole=False, backend="aot_eager")
-    with torch.no_grad():
-        model.latents(random_ids(128, model.config), as_window(1))
-    assert counters["stats"]["unique_graphs"] == 5
 
 
 def test_an_edited_operation_has_graphs_of_its_own_in_the_caches(tmp_path, monkeypatch):
@@ -146,13 +137,12 @@ def test_nvidia_smi_never_holds_a_run(tmp_path, monkeypatch, script, limit_s, wo
     assert tgm.ask_nvidia_smi(limit_s).strip() == words
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_regions_compute_the_model_bit_for_bit(whole):
+def test_regions_compute_the_model_bit_for_bit():
     results = []
     for compiled in (False, True):
         model = make_model()
         if compiled:
-            tgm.compile_model(model, whole, backend="aot_eager")
+            tgm.compile_model(model, whole=False, backend="aot_eager")
         ids = random_ids(257, model.config)
         loss = model(ids[:-1], ids[1:].long(), as_window(2))
         loss.backward()
