@@ -124,20 +124,17 @@ def lose_a_rank(folder: Path, fault: str, capsys, lost: int = 1) -> tuple[int, s
     return pids[lost], console
 
 
-def test_a_killed_rank_takes_the_others_down(config, tmp_path, capsys):
-    write_copy(tmp_path / "train.py", tgm.replace(config, checkpoint_every=0))
-    pid, console = lose_a_rank(tmp_path, "die 1 5", capsys)
-    assert re.search(rf"rank\s*: 1.*\n.*exitcode\s*: -9 \(pid: {pid}\)", console), console
-    assert not (tmp_path / "checkpoints").exists()
-
-
-def test_rank_0_killed_in_a_run_with_checkpoints(place, straight, capsys):
-    """The other rank has its own handlers of signals then, and waits in a collective."""
-    pid, console = lose_a_rank(place, "die 0 5", capsys, lost=0)
-    assert re.search(rf"rank\s*: 0.*\n.*exitcode\s*: -9 \(pid: {pid}\)", console), console
-    (*_, path) = saved(place, 2)
-    assert path.endswith("step_000004")
-    assert_resumes(place, path, 4, straight, ranks=2)
+@pytest.mark.parametrize("lost, every", [(1, 0), (0, 2)])
+def test_a_killed_rank_takes_the_others_down(config, tmp_path, straight, capsys, lost, every):
+    """every: checkpoint_every; with it the other rank has its own handlers of signals, and waits in a collective."""
+    write_copy(tmp_path / "train.py", tgm.replace(config, checkpoint_every=every))
+    pid, console = lose_a_rank(tmp_path, f"die {lost} 5", capsys, lost)
+    assert re.search(rf"rank\s*: {lost}.*\n.*exitcode\s*: -9 \(pid: {pid}\)", console), console
+    assert (tmp_path / "checkpoints").exists() == bool(every)
+    if every:
+        (*_, path) = saved(tmp_path, 2)
+        assert path.endswith("step_000004")
+        assert_resumes(tmp_path, path, 4, straight, ranks=2)
 
 
 def test_the_traceback_of_the_rank_that_failed_comes_first(place, capsys):
@@ -251,41 +248,43 @@ def copied(straight, tmp_path) -> Path:
 def test_a_damaged_checkpoint_names_the_one_before_it(copied, straight):
     before, path = saved(copied)
     part = copied / path / "rank_0.pt"
-    data = part.read_bytes()
-    middle = len(data) // 2
-    for damaged in (b"", data[:1], data[:middle], data[:-1],
-                    data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1:]):
-        part.write_bytes(damaged)
-        for where in (path, str(Path(path).parent)):
-            code, console = run(copied, RESUME_FROM=where)
-            assert code == 1 and console == (f"error: {path}/rank_0.pt is torn or damaged: RESUME_FROM={before} "
-                                             f"resumes from the one before it.\n")
+    part.write_bytes(part.read_bytes()[:-1])
+    for where in (path, str(Path(path).parent)):
+        code, console = run(copied, RESUME_FROM=where)
+        assert code == 1 and console == (f"error: {path}/rank_0.pt is torn or damaged: RESUME_FROM={before} "
+                                         f"resumes from the one before it.\n")
     assert len(list((copied / "logs").iterdir())) == 1  # that of the straight run
     assert_resumes(copied, before, 6, straight)
 
 
-def test_a_flipped_bit_is_found_or_changes_nothing(config, copied, straight, monkeypatch):
-    """Anywhere in the file: what the check sums do not cover is not read."""
+def test_a_flipped_bit_is_found_or_changes_nothing(config, copied, monkeypatch):
+    """Anywhere in the file: what the check sums do not cover is not read. A file that is cut is found as well."""
     monkeypatch.chdir(copied)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     path = saved(copied)[-1]
     part = Path(path) / "rank_0.pt"
     data = bytearray(part.read_bytes())
-    whole = tensors(torch.load(part, weights_only=True))
+    saved_part = torch.load(part, weights_only=True)
+    whole = tensors(saved_part)
     checkpoints = tgm.Checkpoints(config, "", tgm.find_shards(config)[0], "run", 0, ALONE)
-    checkpoints.made_by = torch.load(part, weights_only=True)["made_by"]
+    checkpoints.made_by = saved_part["made_by"]
+
+    def is_refused(content: bytes) -> bool:
+        part.write_bytes(content)
+        try:
+            read = tensors(checkpoints.read(path))
+        except tgm.UserError as error:
+            assert re.fullmatch(rf"{part} is torn or damaged: RESUME_FROM=\S+ resumes from the one before it\.",
+                                str(error))
+            return True
+        assert read.keys() == whole.keys() and all(same(read[key], whole[key]) for key in whole)
+        return False
+
+    assert all(is_refused(data[:length]) for length in (0, 1, len(data) // 2, len(data) - 1))
     anywhere = torch.randint(len(data), (100,), generator=torch.Generator().manual_seed(0)).tolist()
     refused = 0
     for position in (*anywhere, *range(len(data) - 100, len(data))):
         data[position] ^= 16
-        part.write_bytes(data)
-        try:
-            read = tensors(checkpoints.read(path))
-            assert read.keys() == whole.keys() and all(same(read[key], whole[key]) for key in whole)
-        except tgm.UserError as error:
-            assert re.fullmatch(rf"{part} is torn or damaged: RESUME_FROM=\S+ resumes from the one before it\.",
-                                str(error))
-            refused += 1
+        refused += is_refused(data)
         data[position] ^= 16
     assert refused > 100
 
