@@ -2,6 +2,7 @@
 
 FAULT=`die 1 5` names a function below, the rank that it strikes (* for all), and where.
 """
+import contextlib
 import io
 import math
 import os
@@ -19,62 +20,58 @@ def install(script: dict) -> None:
         globals()[name](script, where)
 
 
-def in_step(script: dict, where: str, act) -> None:
-    """`act(optimizer)` in the step that makes `where` complete, when it has its gradients and has updated nothing."""
-    update = script["Optimizer"].step
+def in_step(act):
+    """A fault: `act(script, optimizer)` before the updates of the step that makes `where` complete."""
+    def fault(script: dict, where: str) -> None:
+        update = script["Optimizer"].step
 
-    def step(optimizer, number):
-        if number + 1 == int(where):
-            act(optimizer)
-        update(optimizer, number)
+        def step(optimizer, number):
+            if number + 1 == int(where):
+                act(script, optimizer)
+            update(optimizer, number)
 
-    script["Optimizer"].step = step
-
-
-def die(script: dict, where: str) -> None:
-    in_step(script, where, lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        script["Optimizer"].step = step
+    return fault
 
 
-def freeze(script: dict, where: str) -> None:
-    in_step(script, where, lambda _: os.kill(os.getpid(), signal.SIGSTOP))
+@in_step
+def die(script, optimizer):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-def fail(script: dict, where: str) -> None:
-    def act(_):
-        raise RuntimeError("this rank has a fault of its own")
-
-    in_step(script, where, act)
+@in_step
+def freeze(script, optimizer):
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def spoil(script: dict, where: str) -> None:
+@in_step
+def fail(script, optimizer):
+    raise RuntimeError("this rank has a fault of its own")
+
+
+@in_step
+def spoil(script, optimizer):
     """One number of one gradient is nan."""
-    in_step(script, where, lambda optimizer: optimizer.params[-1].grad.view(-1)[:1].fill_(math.nan))
+    optimizer.params[-1].grad.view(-1)[:1].fill_(math.nan)
 
 
-def wait(script: dict, where: str) -> None:
+@in_step
+def wait(script, optimizer):
     """Until a signal was noted; for ever, where nobody notes them. The file waiting_0 says that it has begun."""
-    def act(_):
-        signals = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
-        Path(f"waiting_{os.environ.get('RANK', '0')}").write_text("yes")
-        while signals is None or not signals.received:
-            time.sleep(0.01)
-
-    in_step(script, where, act)
+    signals = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    Path(f"waiting_{os.environ.get('RANK', '0')}").write_text("yes")
+    while signals is None or not signals.received:
+        time.sleep(0.01)
 
 
-def fill(script: dict, where: str) -> None:
+@in_step
+def fill(script, optimizer):
     """The disk of the log; its lines are as long as the last page that it holds already."""
     log = script["Log"].__call__
-
-    def act(_):
-        with open("logs/filler", "wb", buffering=0) as filler:
-            try:
-                while filler.write(bytes(4096)):
-                    pass
-            except OSError:
-                script["Log"].__call__ = lambda self, text, console=False: log(self, text.ljust(8192), console)
-
-    in_step(script, where, act)
+    with open("logs/filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
+        while filler.write(bytes(4096)):
+            pass
+    script["Log"].__call__ = lambda self, text, console=False: log(self, text.ljust(8192), console)
 
 
 def die_writing(script: dict, where: str) -> None:
@@ -99,4 +96,3 @@ def die_writing(script: dict, where: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     script["torch"].save, os.replace = save_some, replace_or_die
-
