@@ -46,7 +46,7 @@ def test_other_steps(options):
 
 @pytest.mark.slow
 def test_two_ranks(tmp_path):
-    error, where = run(f"rank_errors(make_config(384), __import__('pathlib').Path({str(tmp_path)!r}))")
+    error, where = run(f"rank_errors(make_config(384), Path({str(tmp_path)!r}))")
     assert error < 1e-5, where
 
 

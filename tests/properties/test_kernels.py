@@ -188,13 +188,8 @@ def test_generated_kernels_compile_for_a_gpu_that_is_not_there():
     assert len({k.config for k in transposed}) > 3  # each configuration that is tried
     with pytest.raises(tgm.UserError, match=rf"^{attention[0].name} \(BLOCK_M=128,BLOCK_N=64\) needs 2[\d,]+ bytes"):
         kernel_specs.refuse_too_large([attention[0]])
-    fits = [k for k in kernels if "flex_attention" not in k.name]
-    kernel_specs.refuse_too_large(fits)
+    kernel_specs.refuse_too_large([k for k in kernels if "flex_attention" not in k.name])
     assert "2 need more than" in kernel_specs.sum_up("90", kernels)
-    spilling = fits[0]._replace(name="triton_poi_fused_add_3", spill_store_bytes=16)
-    table = kernel_specs.format_table([spilling, spilling._replace(name="triton_poi_fused_add_17")])
-    assert [line.split()[0] for line in table.splitlines()] == ["number", "2"]  # alike but for their own numbers
-    assert "2 spill, a thread at most 16 bytes (2 triton_poi_fused_add)" in kernel_specs.sum_up("90", 2 * [spilling])
 
 
 @pytest.mark.parametrize("arguments, sentence", [
