@@ -14,7 +14,8 @@ if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # So that no worker is left alone with one of them at the end.
-SLOW_FILES = ("test_edits.py", "test_cli.py", "test_faults.py", "test_trajectory.py")
+SLOW_FILES = ("test_edits.py", "test_kernels.py", "test_compiled.py", "test_cli.py", "test_faults.py",
+              "test_trajectory.py")
 
 
 @pytest.fixture
