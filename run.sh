@@ -27,7 +27,7 @@ Paths are meant from the folder in which you are.
 
 A preset is one of the script's: medium, baseline, short, tiny and small, or one of your own.
 
-  ./run.sh --presets         list them: name, gpu or cpu, constants
+  ./run.sh --presets         list them: name, gpu or cpu, constants (on a terminal, what differs from the first)
   ./run.sh --check [PRESET]  only look: GPUs, driver, torch, all-reduce, memory, shards, disks, duration
   ./run.sh --python [FILE]   only set up Python (for FILE instead of requirements.txt) and print its interpreter
 TEXT

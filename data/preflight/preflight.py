@@ -190,7 +190,7 @@ def not_counted(subject: str, config, error: Exception) -> Line:
 def check_memory(gpus: list[Gpu], config) -> Line:
     """What the run should need (memory.py) against what is free; where it is too much, the length that fits."""
     if config.preset in CPU_PRESETS:
-        return Line("ok", "memory", f"{config.preset}, as published, takes less than 0.8 GiB of main memory (measured)")
+        return Line("ok", "memory", "less than 0.8 GiB of main memory (measured at small)")
     if not gpus:
         return Line("warning", "memory", "no GPU whose memory could be compared")
     import memory  # with torch, which may not load
@@ -382,13 +382,18 @@ def report(preset: str) -> list[Line]:
 
 
 def print_presets() -> None:
-    """Those of the script, a line each: name, gpu or cpu, constants."""
+    """A line each: name, gpu or cpu, constants; on a terminal, only those that differ from the first preset's."""
     try:
         configs = {name: make() for name, make in load_script().PRESETS.items()}
     except Exception as error:  # its constants are made to be edited
         sys.exit(f"preflight: the script's presets cannot be read: {error}")
+    first = next(iter(configs.values()))
     for name, config in configs.items():
-        print(name, "gpu" if config.needs_gpu else "cpu", repr(config), sep="\t")
+        constants = repr(config)
+        if sys.stdout.isatty() and config is not first:
+            constants = ", ".join(f"{key}={value!r}" for key, value in vars(config).items()
+                                  if value != vars(first).get(key))
+        print(name, "gpu" if config.needs_gpu else "cpu", constants, sep="\t")
 
 
 def main() -> None:

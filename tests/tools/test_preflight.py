@@ -169,6 +169,16 @@ def test_memory_line_without_an_estimate():
     assert memory_line(tgm.PRESETS["tiny"]())[0] == "ok" and memory_line(tgm.Config())[0] == "warning"
 
 
+@pytest.mark.parametrize("on_terminal", [False, True])
+def test_presets_are_listed_whole_for_programs_alone(on_terminal, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: on_terminal)
+    preflight.print_presets()
+    first, second = capsys.readouterr().out.splitlines()[:2]
+    assert first == f"medium\tgpu\t{tgm.Config()!r}"
+    constants = "preset='baseline', num_iterations=5550, smear_mtp=False"
+    assert second == f"baseline\tgpu\t{constants if on_terminal else repr(tgm.PRESETS['baseline']())}"
+
+
 def test_banks_that_the_gpus_cannot_share_are_said(monkeypatch):
     """Muon never divides a matrix: with the head as its only one of that shape, 7 of 8 GPUs hold zeros."""
     groups = tuple(group._replace(rule=tgm.Muon(lr=0.03, decay=0.01)) if group.name == "lm_head" else group
