@@ -25,7 +25,8 @@ The shards: the preset's folder below data/, or the folder that DATA_PATH names.
 The script: train_gpt_medium.py, or the one that TRAIN_SCRIPT names (an edited copy of it, for comparisons).
 Paths are meant from the folder in which you are.
 
-A preset is one of the script's: medium, baseline, short, tiny and small, or one of your own.
+A preset is one of the script's: medium, baseline, short, tiny and small, or one of your own. Without TRAIN_SCRIPT it may
+be one of another recipe's in records/: mudd, mudd_smear, mudd_short and mudd_tiny (for a CPU), or 1b.
 
   ./run.sh --presets         list them: name, gpu or cpu, constants (on a terminal, what differs from the first)
   ./run.sh --check [PRESET]  only look: GPUs, driver, torch, all-reduce, memory, shards, disks, duration
@@ -80,6 +81,22 @@ set_up_python() {
     echo "$PWD/.venv/bin/python"
 }
 
+# Sets `presets`, the script's, a line each, with gpu or cpu; and, where preset $2 is another recipe's, that as the script.
+find_preset() {
+    local python=$1 preset=$2 recipe
+    for recipe in "$script" records/*/train_gpt_*.py; do
+        presets=$(TRAIN_SCRIPT=$(realpath "$recipe") "$python" data/preflight/preflight.py --presets | cut -f 1,2)
+        if [ -z "$preset" ] || cut -f 1 <<<"$presets" | grep -qx -- "$preset"; then
+            script=$recipe
+            export TRAIN_SCRIPT=$(realpath "$recipe")
+            return
+        fi
+        known+=" $(cut -f 1 <<<"$presets" | paste -sd ' ')"
+        [ -z "${TRAIN_SCRIPT:-}" ] || break
+    done
+    die "'$preset' is not a preset of $script: choose one of$known."
+}
+
 train_on_cpu() {
     local python=$1 preset=$2 data=${DATA_PATH:-data/text} output losses shards
     shards=$(ls "$data"/*_train_*.bin 2>/dev/null || true)
@@ -119,6 +136,7 @@ case "${1:-}" in
     --python) set_up_python "${2:-requirements.txt}" ;;
     --check)
         python=$(set_up_python requirements.txt)
+        [ -z "${2:-}" ] || find_preset "$python" "$2"
         exec "$python" data/preflight/preflight.py ${2:+"$2"} ;;
     --presets)
         python=$(set_up_python requirements.txt)
@@ -126,9 +144,7 @@ case "${1:-}" in
     -*) usage >&2; die "'$1' is not an option." ;;
     *)
         python=$(set_up_python requirements.txt)
-        presets=$("$python" data/preflight/preflight.py --presets | cut -f 1,2)
-        [ -z "${1:-}" ] || cut -f 1 <<<"$presets" | grep -qx -- "$1" ||
-            die "'$1' is not a preset of $script: choose one of $(cut -f 1 <<<"$presets" | paste -sd ' ')."
+        find_preset "$python" "${1:-}"
         gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
         on_cpu=$(grep -x -- "${1:-}"$'\t'cpu <<<"$presets" || true)
         if [ "$gpus" = 0 ] && [ ! "$on_cpu" ] && PYTHONPATH=data/preflight "$python" -c \

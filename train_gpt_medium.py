@@ -76,7 +76,7 @@ class Run:
     repeat_shards: bool = False  # where they are too few for the schedule, begin again with the first; else refuse
     vocab_size: int = 50257
     doc_token: int = 50256  # begins every document
-    seq_len: int = 64 * 1024  # one slice; a stage says how many make a batch
+    seq_len: int = 64 * 1024  # one slice, the longest if stages have their own; a stage says how many make a batch
     # A slice is processed in pieces of at most this length, which the ranks share: shorter pieces fit smaller GPUs and
     # more ranks. Attention, positions and Smear-MTP never cross a piece's border. Validation's pieces shrink alike.
     micro_seq_len: int = 64 * 1024
@@ -121,15 +121,23 @@ class Run:
             (self.doc_token < self.vocab_size, f"doc_token {self.doc_token} is not below vocab_size {self.vocab_size}"),
             (ends == sorted(set(ends)) and ends[-1] == 1, f"the stages' ends {ends[1:]} do not rise to 1.0"),
             (all(stage.num_slices > 0 for stage in self.stages), "a stage's num_slices is not positive"),
+            (all(0 < length <= self.seq_len and length % min(self.piece_len, length) == 0 == length % BLOCK_SIZE
+                 for length in (stage.seq_len or self.seq_len for stage in self.stages)),
+             f"a stage's seq_len is not a multiple of {BLOCK_SIZE} and of micro_seq_len, at most seq_len"),
             (len(set(roles)) == len(roles), f"{max(roles, key=roles.count, default='')} is a role in two groups"),
             (len({group.name for group in self.groups}) == len(self.groups), "two groups have the same name"),
             (all(group.name.isidentifier() for group in self.groups), "a group's name, a field of the log, is no word"),
             (not self.snoo or self.snoo.every > 0, "Snoo's `every` is not positive"),
+            (all(group.every > 0 for group in self.groups), "a group's `every` is not positive"),
+            (not self.snoo or self.update_every == 1, "Snoo needs groups that update at every step"),
+            (self.checkpoint_every % max(1, self.update_every) == 0,
+             f"checkpoint_every {self.checkpoint_every} is not a multiple of {self.update_every}: before all groups "
+             f"have updated, a checkpoint would lack gradients"),
         ]
 
     @property
     def piece_len(self) -> int:
-        """Tokens of a forward and backward pass."""
+        """Tokens of the longest forward and backward pass."""
         return min(self.micro_seq_len, self.seq_len)
 
     @property
@@ -141,11 +149,26 @@ class Run:
         """The stage of step `step`, counted from 0; after the last step, the last stage."""
         return next((row for row in self.stages if step < row.until * self.num_iterations), self.stages[-1])
 
+    def pieces(self, stage: "Stage") -> tuple[int, int]:
+        """Number and length of the pieces that a batch of this stage is processed in."""
+        slice_len = stage.seq_len or self.seq_len
+        length = min(self.piece_len, slice_len)
+        return stage.num_slices * slice_len // length, length
+
     def batch_tokens(self, step: int) -> int:
-        return self.stage(step).num_slices * self.seq_len
+        return math.prod(self.pieces(self.stage(step)))
+
+    @property
+    def update_every(self) -> int:
+        """Steps after which all groups have updated."""
+        return math.lcm(*(group.every for group in self.groups))
+
+    def next_batch(self, shard: "Shard", position: int, step: int) -> "tuple[list[list[range]], int] | None":
+        """The pieces of the batch of `step` from `position` of a shard on; a recipe may choose tokens as it likes."""
+        return consecutive_pieces(shard, position, *self.pieces(self.stage(step)))
 
     def step_fields(self, step: int) -> dict[str, float]:
-        """What the log's line of a step shows of it, besides times and tokens; a recipe may add to it."""
+        """What the log's line of a step shows of it, besides times and tokens; a recipe's class may add to it."""
         return self.model_inputs(step)
 
 
@@ -157,7 +180,7 @@ class Config(Run):
     head_dim: int = 128
     mlp_factor: int = 4  # hidden width of the MLP, in model_dim
     smear_mtp: bool = True
-    backout_from: int = 11  # layer whose output is mixed into the last latent
+    backout_from: int = 11  # row of LAYERS, not the last, whose output is mixed into the last latent
     attention_scale: float = 0.12  # in place of 1/sqrt(D), since q and k are normed
     rotary_base: float = 1024.0
     rotary_share: float = 0.5  # of a head's channels; the others never rotate
@@ -169,7 +192,7 @@ class Config(Run):
     # schedules
     flat_share: float = 0.3  # of the run at the full learning rate
     final_lr_factor: float = 0.01
-    max_window: int = 27 * 128
+    max_window: int = 27 * 128  # of the long window, at the end of the run; ON_CPU has its own
     short_window_divisor: int = 2  # of the long window, in blocks
     momentum_start: float = 0.85
     momentum_end: float = 0.95
@@ -253,6 +276,7 @@ class Stage(NamedTuple):
     num_slices: int = 8  # of a step's batch
     window: int | None = None  # in tokens; None: the smooth window of the whole run
     lr_factor: float = 1.0  # on top of the schedule's
+    seq_len: int | None = None  # of a slice; None: Run's
 
 
 STAGES = (Stage(until=1.0, num_slices=8),)
@@ -373,7 +397,7 @@ class GPT(nn.Module):
 
     def embed(self, ids: Tensor) -> tuple[Tensor, ...]:
         """ids [T] integer -> x00, x01 and the value embeddings, each [T, C]."""
-        embed1, embed2, *value_embeds = Embed.apply(self.embeds, ids)
+        embed1, embed2, *value_embeds = look_up(ids, self.embeds)
         return norm(embed1), norm(embed2), *value_embeds
 
     def finish(self, x: Tensor, middle: Tensor, ids: Tensor) -> Tensor:
@@ -384,8 +408,8 @@ class GPT(nn.Module):
     def loss(self, latents: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats, fp32, over all rows of the head. latents [T, C], targets [T].
 
-        An edit of it needs fused_head = False. It is validation's loss too: what only training is to minimise, such as
-        a z-loss, goes under `if torch.is_grad_enabled()`.
+        An edit of it needs fused_head = False, or it changes nothing. It is validation's loss, too: what training alone
+        minimises, such as a z-loss or label smoothing, goes under `if torch.is_grad_enabled()`.
         """
         softcap = self.config.logit_softcap
         z = (latents @ self.lm_head.to(latents.dtype).mT).float()
@@ -526,7 +550,8 @@ class Group(NamedTuple):
     """A row of GROUPS: parameters that one rule updates."""
     name: str
     roles: tuple[str, ...]  # a role without a parameter is ignored
-    rule: Any  # Muon, AdamW, or a recipe's own
+    rule: Any  # Muon, AdamW, or one of your own: what it needs stands at the head of Part 2
+    every: int = 1  # steps, whose gradients are summed for one update; nothing is sent before it
 
 
 # In the order of sending: the longest update first, the longest message last.
@@ -565,9 +590,9 @@ PRESETS = {  # made and checked when they are chosen
 # All that it takes from a recipe, this file's or one that imports this file:
 #   Run    the constants. A recipe derives its own class, which adds constants of its own, and overrides make_model()
 #          and model_inputs(step): numbers by name, passed to the model as zero-dim tensors, and written to the log;
-#          step_fields(step) writes further ones there.
-#   Stage  a row of Run.stages: `until` and `num_slices`; further columns are the recipe's.
-#   Group  a row of Run.groups: a name, roles, and a rule that updates the parameters of these roles:
+#          step_fields(step) writes further ones there, next_batch says which tokens a batch is made of.
+#   Stage  a row of Run.stages: `until`, `num_slices` and `seq_len`; further columns are the recipe's.
+#   Group  a row of Run.groups: a name, roles, `every`, and a rule that updates the parameters of these roles:
 #            unit_dims: how many trailing dimensions ranks never divide; compiles: is update compiled on a GPU?
 #            hyperparameters(step, config): numbers by name, passed to update as zero-dim fp64 tensors on the CPU
 #            new_state(p): the states of this rank's shard p [n, *unit], tensors by name
@@ -682,8 +707,8 @@ def fused_head_loss(latents: Tensor, head: Tensor, targets: Tensor, softcap: flo
 
 
 @kernel
-def mlp_gemm_kernel(a_desc, b_desc, post_desc, out_desc, M, N, K, BACKWARD: tl.constexpr, BLOCK_M: tl.constexpr,
-                    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr):
+def mlp_gemm_kernel(a_desc, b_desc, post_desc, out_desc, M, N, K, BACKWARD: tl.constexpr, B_BY_COLUMNS: tl.constexpr,
+                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr):
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=True):
         # GROUP_M tiles below each other run at once, so that their columns of b are read from the L2 cache.
@@ -693,7 +718,7 @@ def mlp_gemm_kernel(a_desc, b_desc, post_desc, out_desc, M, N, K, BACKWARD: tl.c
         n = (tile % (GROUP_M * num_n) // group_m) * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, K, BLOCK_K):
-            b = b_desc.load([k, n]) if BACKWARD else b_desc.load([n, k]).T
+            b = b_desc.load([n, k]).T if B_BY_COLUMNS else b_desc.load([k, n])
             acc = tl.dot(a_desc.load([m, k]), b, acc)
         # Stored in halves: a whole tile of output would take the pipeline's shared memory.
         halves = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
@@ -708,18 +733,20 @@ def mlp_gemm_kernel(a_desc, b_desc, post_desc, out_desc, M, N, K, BACKWARD: tl.c
 
 
 def launch_mlp_gemm(a: Tensor, b: Tensor, post: Tensor | None) -> Tensor:
-    """relu(a bT)^2 without post, 2 sqrt(post) (a b) with it: [M, K] and [N, K] or [K, N] -> [M, N]."""
-    assert a.is_contiguous() and b.is_contiguous()
-    (M, K), N = a.shape, b.size(0 if post is None else 1)
+    """relu(a b)^2 without post, 2 sqrt(post) (a b) with it: [M, K] and [K, N], stored either way -> [M, N]."""
+    by_columns = not b.is_contiguous()
+    assert a.is_contiguous() and (b.mT if by_columns else b).is_contiguous()
+    (M, K), N = a.shape, b.size(1)
     out = torch.empty(M, N, dtype=a.dtype, device=a.device)
     BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64
     in_blocks = TensorDescriptor.from_tensor
     out_desc = in_blocks(out, [BLOCK_M, BLOCK_N // 2])
     mlp_gemm_kernel[(min(num_multiprocessors(a.device), triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N)),)](
-        in_blocks(a, [BLOCK_M, BLOCK_K]), in_blocks(b, [BLOCK_N, BLOCK_K] if post is None else [BLOCK_K, BLOCK_N]),
+        in_blocks(a, [BLOCK_M, BLOCK_K]),
+        in_blocks(b.mT, [BLOCK_N, BLOCK_K]) if by_columns else in_blocks(b, [BLOCK_K, BLOCK_N]),
         out_desc if post is None else in_blocks(post, [BLOCK_M, BLOCK_N // 2]), out_desc, M, N, K,
-        BACKWARD=post is not None, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GROUP_M=8,
-        num_warps=8, num_stages=4 if post is None else 3)
+        BACKWARD=post is not None, B_BY_COLUMNS=by_columns, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
+        GROUP_M=8, num_warps=8, num_stages=4 if post is None else 3)
     return out
 
 
@@ -727,7 +754,7 @@ def launch_mlp_gemm(a: Tensor, b: Tensor, post: Tensor | None) -> Tensor:
 def mlp_up(x: Tensor, fc: Tensor) -> Tensor:
     """relu(x fcT)^2: x [T, C], fc [hidden, C] -> [T, hidden], in one kernel [@andrewbriand, modded-nanogpt]."""
     if runs_kernels(x, HOPPER_SHARED_BYTES):
-        return launch_mlp_gemm(x, fc, None)
+        return launch_mlp_gemm(x, fc.mT, None)
     return F.relu(F.linear(x, fc)).square()
 
 
@@ -747,7 +774,10 @@ mlp_down_grad.register_fake(lambda dy, proj, post: torch.empty_like(post))
 
 
 class ReluSquaredMLP(torch.autograd.Function):
-    """proj(relu(fc(x))^2). Of the hidden layer, only post = relu()^2 is kept for the backward pass."""
+    """proj(relu(fc(x))^2). Of the hidden layer, only post = relu()^2 is kept for the backward pass.
+
+    x [T, C], fc [hidden, C], proj [C, hidden], which may be the transpose of what is stored.
+    """
     @staticmethod
     def forward(ctx, x: Tensor, fc: Tensor, proj: Tensor) -> Tensor:
         post = mlp_up(x, fc)
@@ -758,7 +788,8 @@ class ReluSquaredMLP(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, fc, proj, post = ctx.saved_tensors
         dh = mlp_down_grad(dy, proj, post)
-        return dh @ fc, dh.mT @ x, dy.mT @ post
+        # Laid out as the parameter is.
+        return dh @ fc, dh.mT @ x, dy.mT @ post if proj.is_contiguous() else (post.mT @ dy).mT
 
 
 @kernel
@@ -841,17 +872,25 @@ symmetric_product.register_fake(lambda x, *_: x.new_empty(x.size(0), x.size(1), 
 
 
 class Embed(torch.autograd.Function):
-    """Rows of n tables [n, V, C] at ids [T]: n tensors [T, C]."""
+    """Rows of tables at ids [T]: of tensors [n, V, C] of such tables, n tensors [T, C] each."""
     @staticmethod
-    def forward(ctx, tables: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx, ids: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(ids)
-        ctx.vocab_size = tables.size(1)
-        return tuple(F.embedding(ids, table) for table in tables)
+        ctx.vocab_size, ctx.num_tables = tables[0].size(1), [len(n_tables) for n_tables in tables]
+        return tuple(F.embedding(ids, table) for n_tables in tables for table in n_tables)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         ids, = ctx.saved_tensors
-        return embedding_grad(torch.stack(grads), ids, ctx.vocab_size), None
+        # One call sorts the ids once.
+        return None, *embedding_grad(torch.stack(grads), ids, ctx.vocab_size).split(ctx.num_tables)
+
+
+def look_up(ids: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
+    """Embed, and without gradients as plain torch: torch.compile loses ctx of a Function of any number of tensors."""
+    if torch.is_grad_enabled():
+        return Embed.apply(ids, *tables)
+    return tuple(F.embedding(ids, table) for n_tables in tables for table in n_tables)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -875,13 +914,15 @@ def block_lists(num_visible_B: Tensor, num_full_B: Tensor, direction: int, w: Te
             torch.minimum(num_full_B, (w - 1).clamp_min(0)), full_BB.clamp(0, len(block) - 1))
 
 
-def block_masks(ids_T: Tensor, windows: tuple[Tensor, ...], doc_token: int) -> tuple[BlockMask, ...]:
-    """Causal attention within documents, cut to the nearest blocks: a mask for each window w.
+def block_masks(ids_T: Tensor, windows: tuple[Tensor, ...], doc_token: int, exact: bool = False
+                ) -> tuple[BlockMask, ...]:
+    """Causal attention within documents, cut to the nearest blocks or tokens: a mask for each window w.
 
     ids_T: integer ids, T a multiple of 128. windows: in blocks, zero-dim int32 tensors, so that a growing window does
     not recompile. A query block keeps its nearest w - 1 full and max(w - full, 1) partial blocks. Full: both blocks lie
     in one document, every pair attends. Partial: q >= k and the same document are tested token by token.
-    The scheme is from [@KoszarskyB and @YouJiacheng, modded-nanogpt].
+    exact: windows are in tokens, and a token sees itself and w before it; in partial blocks that is tested, too.
+    The scheme of windows in blocks is from [@KoszarskyB and @YouJiacheng, modded-nanogpt].
     """
     T = len(ids_T)
     token = torch.arange(T, device=ids_T.device, dtype=torch.int32)
@@ -894,10 +935,22 @@ def block_masks(ids_T: Tensor, windows: tuple[Tensor, ...], doc_token: int) -> t
     end_B = F.pad(first_B.flip(0).cummin(0).values.flip(0)[1:], (0, 1), value=T)
     keys = block + 1 - start_B // BLOCK_SIZE, torch.where(inside_B, block - (start_B + BLOCK_SIZE - 1) // BLOCK_SIZE, 0)
     queries = (end_B - 1) // BLOCK_SIZE + 1 - block, torch.where(inside_B, (end_B - after) // BLOCK_SIZE, 0)
-    return tuple(
-        BlockMask((T, T), *(x[None, None] for x in (*block_lists(*keys, -1, w), *block_lists(*queries, 1, w))),
-                  BLOCK_SIZE=(BLOCK_SIZE, BLOCK_SIZE), mask_mod=lambda b, h, q, k: (q >= k) & (k >= doc_start_T[q]))
-        for w in windows)
+
+    def in_document(b, h, q, k):
+        return (q >= k) & (k >= doc_start_T[q])
+
+    def mask(w: Tensor) -> BlockMask:
+        (key_B, full_key_B), (query_B, full_query_B), num_blocks, mask_mod = keys, queries, w, in_document
+        if exact:  # tokens of two blocks at distance d are 128 d - 127 to 128 d + 127 apart
+            mask_mod = lambda b, h, q, k: in_document(b, h, q, k) & (q - k <= w)  # noqa: E731
+            most = ((w + 1) // BLOCK_SIZE - 1).clamp_min(0)
+            full_key_B, full_query_B = full_key_B.minimum(most), full_query_B.minimum(most)
+            num_blocks = (w + BLOCK_SIZE - 1) // BLOCK_SIZE + 1
+        lists = *block_lists(key_B, full_key_B, -1, num_blocks), *block_lists(query_B, full_query_B, 1, num_blocks)
+        return BlockMask((T, T), *(x[None, None] for x in lists), BLOCK_SIZE=(BLOCK_SIZE, BLOCK_SIZE),
+                         mask_mod=mask_mod)
+
+    return tuple(mask(w) for w in windows)
 
 
 def dense_mask(block_mask: BlockMask) -> Tensor:
@@ -909,9 +962,10 @@ def dense_mask(block_mask: BlockMask) -> Tensor:
             & block_mask.mask_mod(0, 0, position[:, None], position))
 
 
-def attention_masks(ids_T: Tensor, windows: tuple[Tensor, ...], doc_token: int) -> tuple[BlockMask | Tensor, ...]:
+def attention_masks(ids_T: Tensor, windows: tuple[Tensor, ...], doc_token: int, exact: bool = False
+                    ) -> tuple[BlockMask | Tensor, ...]:
     """`block_masks`, dense on a CPU."""
-    masks = block_masks(ids_T, windows, doc_token)
+    masks = block_masks(ids_T, windows, doc_token, exact)
     return masks if ids_T.is_cuda else tuple(dense_mask(mask) for mask in masks)
 
 
@@ -932,9 +986,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, scale: flo
 # ----------------------------------------------------------------------------------------------------------------------
 # Updates: arithmetic of the rules, then banks and shards
 
-def newton_schulz(x: Tensor, coefficients: Iterable[tuple[float, float, float]]) -> Tensor:
-    """Orthogonalise [n, rows <= cols] nearly, in x's dtype. coefficients a, b, c of X <- aX + (bA + cA^2)X, A = XXT."""
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+def newton_schulz(x: Tensor, coefficients: Iterable[tuple[float, float, float]], first_norm: float = 1.0,
+                  eps: float = 1e-7) -> Tensor:
+    """Orthogonalise [n, rows <= cols] nearly, in x's dtype. coefficients a, b, c of X <- aX + (bA + cA^2)X, A = XXT.
+
+    first_norm: Frobenius norm of the first X, at most 1 for the iteration to converge.
+    """
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) / first_norm + eps)
     for a, b, c in coefficients:
         A = symmetric_product(x, 1.0, 0.0)
         x = a * x + symmetric_product(A, c, b) @ x
@@ -974,7 +1032,8 @@ class Bank:
     unit: what one rank updates as a whole: a matrix, or 128 numbers of an elementwise rule, without which a CPU's
     vectors would round the last ones of a share in another way. The parameters become views of the buffer, which zeros
     pad to a multiple of world.size units. `shard` [n, *unit] is this rank's share, whose states it alone holds; grads,
-    its averaged gradients; grad_square, their sum of squares in fp32: not finite where one of them is not.
+    its averaged gradients; grad_square, their sum of squares in fp32 (of the last update, where a group does not update
+    at every step): not finite where one of them is not.
     """
     def __init__(self, params: list[nn.Parameter], unit: tuple[int, ...], world: World, average: Callable):
         self.params, self.world, self.average = params, world, average
@@ -984,6 +1043,7 @@ class Bank:
             p.data = part.view_as(p)
         self.shard = self.buffer.view(world.size, -1, *unit)[world.rank]
         self.state: dict[str, Tensor] = {}  # of the rule and of Snoo
+        self.grad_square = torch.zeros((), device=self.buffer.device)
 
     def _end_to_end(self, tensors: list[Tensor]) -> Tensor:
         parts = [x.flatten() for x in tensors]
@@ -1036,6 +1096,7 @@ class Optimizer:
        gradients still arriving and the parameters being sent. With clip_norm, all gradients are awaited before the
        first update, and one more collective of 4 bytes adds up their squares.
     3. The parameters that arrive last are waited for.
+    A group with `every` n takes part in every n-th step only; until then its gradients add up where they are.
     One collective for each bank and direction: `python records/tools/bench/plan.py` prints order, bytes and padding.
     Gradients are exchanged all-to-all and averaged by their owner: the traffic of a reduce-scatter, but rounded once,
     and identical whatever algorithm the library picks.
@@ -1049,43 +1110,46 @@ class Optimizer:
         unknown = by_role.keys() - {role for group in config.groups for role in group.roles}
         if unknown:
             raise UserError(f"no group has the role {min(unknown)}: add it to a row of GROUPS.")
-        self.groups: list[tuple[Any, Callable[..., None], list[Bank]]] = []
+        self.groups: list[tuple[Group, Callable[..., None], list[Bank]]] = []
         average = compiled(average_ranks)
         self.banks: dict[str, Bank] = {}  # in the order of sending
-        for group_name, roles, rule in config.groups:
+        for group in config.groups:
+            rule = group.rule
             alike: dict[tuple, dict[str, list[nn.Parameter]]] = {}  # by unit and dtype, then by role
-            for role, p in ((role, p) for role in roles for p in by_role.get(role, [])):
+            for role, p in ((role, p) for role in group.roles for p in by_role.get(role, [])):
                 unit = tuple(p.shape[-rule.unit_dims:]) if rule.unit_dims else (128,)
                 alike.setdefault((unit, p.dtype), {}).setdefault(role, []).append(p)
             banks = []
             for (unit, _), params in alike.items():
                 # A group's only bank has its name, otherwise the names of its roles; a number where that is taken.
-                name = group_name if len(alike) == 1 else "_".join(params)
+                name = group.name if len(alike) == 1 else "_".join(params)
                 name = f"{name}_{len(self.banks)}" if name in self.banks else name
                 self.banks[name] = Bank([*chain(*params.values())], unit, world, average)
                 banks.append(self.banks[name])
             if banks:
-                self.groups.append((rule, compiled(rule.update) if rule.compiles else rule.update, banks))
+                self.groups.append((group, compiled(rule.update) if rule.compiles else rule.update, banks))
         self.reset_states()
 
     @torch.no_grad()
     def reset_states(self) -> None:
         """All states as before the first step, for the parameters as they are."""
-        for rule, _, banks in self.groups:
+        for group, _, banks in self.groups:
             for bank in banks:
                 bank.state = {}  # the old tensors are freed before new ones are made
-                bank.state = rule.new_state(bank.shard) | (self.snoo.new_state(bank.shard) if self.snoo else {})
+                bank.state = group.rule.new_state(bank.shard) | (self.snoo.new_state(bank.shard) if self.snoo else {})
 
     @torch.no_grad()
     def step(self, step: int) -> None:
-        """Update all parameters from their gradients of step number `step` (from 0), and drop the gradients."""
-        for bank in self.banks.values():
+        """Update the groups due at step number `step` (from 0) from their gradients, and drop these."""
+        due = [row for row in self.groups if (step + 1) % row[0].every == 0]
+        sent = [bank for bank in self.banks.values() if any(bank in banks for *_, banks in due)]
+        for bank in sent:
             bank.send_grads()
         if self.config.clip_norm is not None:
-            self._clip_grads(self.config.clip_norm)
-        for rule, update, banks in self.groups:
+            self._clip_grads(sent, self.config.clip_norm)
+        for group, update, banks in due:
             hyperparameters = {name: torch.tensor(value, dtype=torch.float64)  # tensors: schedules do not recompile
-                               for name, value in rule.hyperparameters(step, self.config).items()}
+                               for name, value in group.rule.hyperparameters(step, self.config).items()}
             shards, states = [bank.shard for bank in banks], [bank.state for bank in banks]
             if self.config.clip_norm is None:
                 for bank in banks:
@@ -1097,18 +1161,18 @@ class Optimizer:
                 self.snoo.update(shards, states)
             for bank in banks:
                 bank.send_params()
-        for bank in self.banks.values():
+        for bank in sent:
             bank.wait()
 
-    def _clip_grads(self, max_norm: float) -> None:
-        """Average all gradients and scale them, where needed, to a norm of max_norm over all parameters and ranks."""
-        for bank in self.banks.values():
+    def _clip_grads(self, banks: list[Bank], max_norm: float) -> None:
+        """Average these banks' gradients and scale them, where needed, to a norm of max_norm over all and all ranks."""
+        for bank in banks:
             bank.average_grads()
-        square = torch.stack([bank.grad_square for bank in self.banks.values()]).sum()
+        square = torch.stack([bank.grad_square for bank in banks]).sum()
         if bank.world.size > 1:
             dist.all_reduce(square)
         scale = (max_norm / square.sqrt()).clamp(max=1)
-        for bank in self.banks.values():
+        for bank in banks:
             bank.grads.mul_(scale)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
@@ -1167,23 +1231,39 @@ def open_shard(path: Path, config: Run) -> Shard:
     return Shard(path, num_tokens)
 
 
-def batch_places(shards: Iterable[Shard], config: Run) -> Iterator[tuple[Shard, int]]:
-    """Where each step's batch begins: its shard, and its first token there, counted in tokens from the shard's start.
+def consecutive_pieces(shard: Shard, position: int, num_pieces: int, piece_len: int
+                       ) -> tuple[list[list[range]], int] | None:
+    """Ranges of a shard's tokens, a list of them for each piece, and the position after; see Run.next_batch.
 
-    A batch needs one token more, its last target. A shard's tail that is too short for the next batch is dropped.
-    Raises UserError where the shards end before the schedule does, or one is shorter than a batch.
+    position: 0 in a new shard, then what the last call returned. A piece has one token more than its length, its last
+    target. None where the rest of the shard is too short.
     """
-    remaining, shard, start = cycle(shards) if config.repeat_shards else iter(shards), None, 0
+    end = position + num_pieces * piece_len
+    if end >= shard.num_tokens:
+        return None
+    return [[range(start, start + piece_len + 1)] for start in range(position, end, piece_len)], end
+
+
+def batch_places(shards: Iterable[Shard], config: Run) -> Iterator[tuple[Shard, list[list[range]]]]:
+    """Where each step's batch lies: its shard, and the ranges of tokens there that make its pieces, by next_batch.
+
+    A shard's tail that is too short for the next batch is dropped. Raises UserError where the shards end before the
+    schedule does, or one is shorter than a batch.
+    """
+    remaining = cycle(shards) if config.repeat_shards else iter(shards)
+    shard, position = None, 0
     for step in range(config.num_iterations):
-        tokens = config.batch_tokens(step)
-        if shard is None or start + tokens >= shard.num_tokens:
-            previous, shard, start = shard, next(remaining, None), 0
+        batch = config.next_batch(shard, position, step) if shard else None
+        if batch is None:
+            previous, shard = shard, next(remaining, None)
             if shard is None:
                 raise UserError(f"training data ended with {previous.path}: the schedule needs more shards.")
-            if tokens >= shard.num_tokens:
-                raise UserError(f"{shard.path} is too short: a batch needs {tokens + 1:,} tokens: use longer shards.")
-        yield shard, start
-        start += tokens
+            batch = config.next_batch(shard, 0, step)
+            if batch is None:
+                tokens = config.batch_tokens(step) + 1
+                raise UserError(f"{shard.path} is too short: a batch needs {tokens:,} tokens: use longer shards.")
+        pieces, position = batch
+        yield shard, pieces
 
 
 def find_shards(config: Run) -> tuple[list[Shard], Shard]:
@@ -1223,36 +1303,43 @@ def shards_needed(config: Run, known: list[Shard]) -> int:
     return len({shard for shard, _ in batch_places(numbered, config)})
 
 
+def inputs_and_targets(pieces: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, T + 1] int32 tokens -> inputs [n, T] int32, targets [n, T] int64, shifted by one."""
+    return pieces[:, :-1].contiguous(), pieces[:, 1:].long()
+
+
 def split_pieces(tokens: Tensor, piece_len: int) -> tuple[Tensor, Tensor]:
-    """[n * piece_len + 1] int32 tokens -> inputs [n, piece_len] int32, targets [n, piece_len] int64, shifted by one."""
-    return tokens[:-1].view(-1, piece_len), tokens[1:].long().view(-1, piece_len)
+    """[n * piece_len + 1] consecutive tokens -> inputs and targets [n, piece_len]."""
+    return inputs_and_targets(tokens.unfold(0, piece_len + 1, piece_len))
 
 
 class TrainLoader:
-    """This rank's pieces of the batch of every step: (inputs [n, piece_len] int32, targets [n, piece_len] int64).
+    """This rank's pieces of the batch of every step: (inputs [n, T] int32, targets [n, T] int64).
 
     Rank r takes the r-th run of consecutive pieces. A thread reads ahead; its errors are raised when a batch is due.
     """
     def __init__(self, shards: list[Shard], config: Run, world: World, first_step: int = 0):
         self.config, self.world = config, world
-        self.places = islice(enumerate(batch_places(shards, config)), first_step, None)
+        self.places = islice(batch_places(shards, config), first_step, None)
         self.pinned = world.device.type == "cuda"  # a fresh thread would pin memory in a context of GPU 0
         self.pool = ThreadPoolExecutor(1, initializer=torch.cuda.set_device if self.pinned else None,
                                        initargs=(world.device,) if self.pinned else ())
         self.pending = deque(self.pool.submit(self._read_batch) for _ in range(8))
 
     def __next__(self) -> tuple[Tensor, Tensor]:
-        tokens = self.pending.popleft().result()
+        pieces = self.pending.popleft().result()
         self.pending.append(self.pool.submit(self._read_batch))
-        return split_pieces(tokens.to(self.world.device, non_blocking=True), self.config.piece_len)
+        return inputs_and_targets(pieces.to(self.world.device, non_blocking=True))
 
     def close(self) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
     def _read_batch(self) -> Tensor:
-        step, (shard, start) = next(self.places)
-        rank_tokens = self.config.batch_tokens(step) // self.world.size
-        tokens = shard.read(start + self.world.rank * rank_tokens, rank_tokens + 1, self.config.vocab_size)
+        shard, pieces = next(self.places)
+        share = len(pieces) // self.world.size
+        mine = pieces[self.world.rank * share:(self.world.rank + 1) * share]
+        tokens = torch.stack([torch.cat([shard.read(ids.start, len(ids), self.config.vocab_size) for ids in piece])
+                              for piece in mine])
         return tokens.pin_memory() if self.pinned else tokens
 
 
@@ -1355,7 +1442,7 @@ class Watch:
         asked, self.asked = self.asked, []
         for step, (loss, *squares) in zip(asked, self.answer.tolist()):
             norms = {f"grad_norm_{name}": math.sqrt(square) for name, square in zip(self.banks, squares)}
-            self.log(f"step:{step}/{self.config.num_iterations} {as_fields({'train_loss': loss} | norms, '.6g')}")
+            self.log(f"step:{step}/{self.config.num_iterations} {as_fields({'train_loss': loss} | norms)}")
             for cause, x in zip(("loss", *(f"{name} gradient" for name in self.banks)), (loss, *squares)):
                 if not math.isfinite(x):
                     raise UserError(f"the {cause} of step {step} was not finite: lower the rates, check the data.")
@@ -1438,7 +1525,8 @@ class Checkpoints:
         every, limit = self.config.checkpoint_every, 60 * self.config.checkpoint_minutes
         told = self._gather((self.received, 0 < limit <= time.monotonic() - self.saved_at))
         self.stopped_by = max(number for number, _ in told)
-        return self.stopped_by > 0 or any(late for _, late in told) or (every > 0 and step % every == 0)
+        asked = self.stopped_by > 0 or any(late for _, late in told) or (every > 0 and step % every == 0)
+        return asked and step % self.config.update_every == 0  # a checkpoint holds no gradients
 
     def save(self, step: int, seconds: float, optimizer: Optimizer) -> None:
         """After `step` steps and `seconds` of training. Raises UserError on all ranks if one cannot write."""
@@ -1523,6 +1611,9 @@ def update_mean(mean: Tensor, grad: Tensor, n: int) -> None:
 def train_step(model: nn.Module, optimizer: Optimizer, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
     """One step on this rank's pieces [n, T]: gradients are averaged over them (in fp32) and ranks. Their mean loss."""
     model_inputs = inputs_at(step, model.config, inputs.device)
+    earlier = {p: p.grad for p in optimizer.params if p.grad is not None}  # of steps without an update of its group
+    for p in earlier:
+        p.grad = None
     losses: list[Tensor] = []
     means = {p: torch.zeros_like(p, dtype=torch.float32) for p in optimizer.params if len(inputs) > 1}
     for n, (ids, target) in enumerate(zip(inputs, targets), start=1):
@@ -1534,6 +1625,8 @@ def train_step(model: nn.Module, optimizer: Optimizer, inputs: Tensor, targets: 
             p.grad = None
     for p in list(means):
         p.grad = means.pop(p).to(p.dtype)  # popped, so that each mean is freed at once
+    for p, grad in earlier.items():
+        p.grad.add_(grad)
     optimizer.step(step)
     return torch.stack(losses).mean()
 
@@ -1558,7 +1651,8 @@ def evaluate(model: nn.Module, shard: Shard, step: int, world: World) -> float:
 def warm_up(model: nn.Module, optimizer: Optimizer, world: World) -> None:
     """Compile and run everything on random tokens, then put every parameter and every optimizer state back.
 
-    Steps are spread over the schedule, so that windows differ. Parameters wait on the host: the GPU may lack room.
+    Steps are spread over the schedule, so that windows differ, and visit every length of a piece and the updates of all
+    groups. Parameters wait on the host: the GPU may lack room.
     """
     config, rng = model.config, np.random.default_rng(world.rank)
     before = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
@@ -1567,10 +1661,16 @@ def warm_up(model: nn.Module, optimizer: Optimizer, world: World) -> None:
         ids = rng.integers(config.vocab_size, size=num_tokens + 1, dtype=np.int32)
         return split_pieces(torch.from_numpy(ids).to(world.device), piece_len)
 
-    for i in range(config.kernel_warmup_steps):
-        step = i * config.num_iterations // config.kernel_warmup_steps
-        pieces = random_pieces(config.batch_tokens(step) // world.size, config.piece_len)
-        train_step(model, optimizer, *pieces, step)
+    steps = {i * config.num_iterations // config.kernel_warmup_steps for i in range(config.kernel_warmup_steps)}
+    if steps:
+        lengths = [config.pieces(config.stage(step))[1] for step in range(config.num_iterations)]
+        steps |= {step for step in range(1, len(lengths)) if lengths[step] != lengths[step - 1]}
+    for first in sorted(steps):
+        first -= first % config.update_every
+        for step in range(first, first + config.update_every):
+            num_pieces, piece_len = config.pieces(config.stage(step))
+            pieces = random_pieces(num_pieces * piece_len // world.size, piece_len)
+            train_step(model, optimizer, *pieces, step)
     with torch.no_grad():
         ids, targets = random_pieces(config.val_piece_len, config.val_piece_len)
         model(ids[0], targets[0], **inputs_at(0, config, world.device))
@@ -1578,9 +1678,10 @@ def warm_up(model: nn.Module, optimizer: Optimizer, world: World) -> None:
     optimizer.reset_states()
 
 
-def as_fields(values: dict[str, float], spec: str = "") -> str:
-    """name:value pairs for a line of the log."""
-    return " ".join(f"{name}:{value:{spec}}" for name, value in values.items())
+def as_fields(values: dict[str, float], spec: str = ".6g") -> str:
+    """name:value pairs for a line of the log; whole numbers in full."""
+    return " ".join(f"{name}:{value if isinstance(value, int) else format(value, spec)}"
+                    for name, value in values.items())
 
 
 def train(model: nn.Module, optimizer: Optimizer, loader: TrainLoader, val_shard: Shard, world: World, log: Log,
@@ -1649,7 +1750,7 @@ def read_launcher() -> list[int]:
 def find_world(config: Run) -> World:
     """This process's place among those that torchrun started (one, without it). Raises UserError if it cannot work."""
     rank, size, local_rank, local_size = read_launcher()
-    uneven = [n for row in config.stages if (n := row.num_slices * config.seq_len // config.piece_len) % size]
+    uneven = [n for row in config.stages if (n := config.pieces(row)[0]) % size]
     if uneven:
         raise UserError(f"{size} processes cannot share {uneven[0]} pieces equally: start fewer or cut micro_seq_len.")
     if not torch.cuda.is_available():
@@ -1693,9 +1794,10 @@ def compile_model(model: nn.Module, whole: bool, **options) -> None:
     """
     options = dict(dynamic=False, fullgraph=True) | options
     # torch's caches know an operation by its name and would return the graph of one that has been edited. So the key
-    # holds the section of this file that defines operations, and no more: an edited recipe keeps its graphs.
-    operations = Path(__file__).read_text().split("\n# Kernels:")[1].split("\n# Attention:")[0]
-    torch.compiler.config.cache_key_tag = hashlib.sha256(operations.encode()).hexdigest()
+    # holds the sections that define operations, here and in another recipe, and no more: an edit keeps its graphs.
+    files = {__file__, sys.modules[type(model.config).__module__].__file__}
+    sections = [Path(file).read_text().partition("\n# Kernels:")[2].partition("\n# ---")[0] for file in sorted(files)]
+    torch.compiler.config.cache_key_tag = hashlib.sha256("".join(sections).encode()).hexdigest()
     # Enough for a graph for training and one for validation of every kind of block, and one of every kind of bank.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(list(model.parameters())))
     if whole:
@@ -1826,7 +1928,7 @@ def choose_config(presets: dict[str, Callable[[], Run]], arguments: list[str]) -
     if len(arguments) > 1 or preset not in presets:
         raise UserError(f"{' '.join(arguments)!r} is not a preset: choose one of {', '.join(presets)}.")
     config = presets[preset]()
-    return replace(config, data_dir=os.environ.get("DATA_PATH") or config.data_dir)
+    return replace(config, preset=preset, data_dir=os.environ.get("DATA_PATH") or config.data_dir)
 
 
 def start(presets: dict[str, Callable[[], Run]]) -> None:

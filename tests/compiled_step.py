@@ -19,10 +19,15 @@ import fake_gpu
 import helpers
 import interpreter
 import train_gpt_medium as tgm
+import train_gpt_mudd as mudd
 from helpers import ALONE, relative
 
 H100, CUDA = fake_gpu.GPUS["90"], torch.device("cuda", 0)
 LAYERS = (tgm.Layer(value_embed=0, long_window=True), tgm.Layer(skip_from=0))
+# Of the MUDD recipe, every kind; the last gives the last latent its value embedding.
+MUDD_LAYERS = (mudd.Layer(value_embed=0, long_window=True), mudd.Layer(), mudd.Layer(value_embed=1),
+               mudd.Layer(skip_from=1, value_embed=0, long_window=True), mudd.Layer(value_embed=1),
+               mudd.Layer(value_embed=0, long_window=True))
 # FlexAttention's tiles for bf16, in place of fp32's, which are so small that the interpreter takes minutes.
 LARGE_TILES = dict(bwd_BLOCK_M1=64, bwd_BLOCK_N1=128, bwd_BLOCK_M2=128, bwd_BLOCK_N2=64)
 COMPILED = partial(torch.compile, dynamic=False, fullgraph=True)
@@ -68,6 +73,7 @@ def execute_on_cpu(choose: Callable = large_blocks) -> None:
     for name in ("flash", "mem_efficient", "cudnn"):  # of the 1.5B run; a library's kernels cannot be interpreted
         getattr(torch.backends.cuda, f"enable_{name}_sdp")(False)
 
+    torch._inductor.config.shape_padding = False  # of products, where a GPU's clock says that it pays
     # Fakes of the CPU's tensors lie on the GPU. Hyperparameters (fp64) and constants stay where they are.
     from_real, new, moves = fake_tensor.FakeTensorConverter.from_real_tensor, fake_tensor.FakeTensor.__new__, [False]
 
@@ -130,6 +136,16 @@ def make_config(num_tokens: int, **changes) -> tgm.Config:
                               dtype=torch.float32) | changes))
 
 
+def make_mudd(num_tokens: int, **changes) -> mudd.Config:
+    """Two states of YaRN, and Smear-MTP, which the published run does without."""
+    stages = tuple(mudd.Stage(until, num_tokens, window, yarn=yarn) for yarn, (until, window) in enumerate(
+        ((0.5, 3), (1.0, 7))))
+    return mudd.Config(**(dict(layers=MUDD_LAYERS, late_layer=3, num_heads=2, head_dim=64, bigram_rows=384,
+                               vocab_size=257, doc_token=256, window_unit=32, stages=stages, seq_len=num_tokens,
+                               micro_seq_len=num_tokens, val_seq_len=num_tokens, val_tokens=num_tokens, seed=1,
+                               smear_mtp=True, fp8_head=False, dtype=torch.float32) | changes))
+
+
 def random_model(config: tgm.Run) -> torch.nn.Module:
     torch.manual_seed(0)
     model = config.make_model()
@@ -176,8 +192,8 @@ def compiled_errors(config: tgm.Run, starts: Iterable[int], inputs: list[dict], 
     starts: of documents. whole: one graph, as `medium`; otherwise in parts, as `short`. kernel_options: of
     FlexAttention.
     """
-    for options in (tgm.LONG_WINDOW_KERNEL, tgm.SHORT_WINDOW_KERNEL):
-        options.update(kernel_options)
+    attend = tgm.attend
+    tgm.attend = lambda *args: attend(*args[:-1], args[-1] | kernel_options)
     model, piece = random_model(config), with_documents(config, starts, seed=1)
     exact = tgm.replace(config, dtype=torch.float32).make_model()
     exact.load_state_dict(model.state_dict())
@@ -198,6 +214,12 @@ def windows(*blocks: int) -> list[dict[str, torch.Tensor]]:
     return [{"window_blocks": helpers.as_window(n)} for n in blocks]
 
 
+def mudd_inputs(*rows: tuple) -> list[dict[str, torch.Tensor]]:
+    """Of window_blocks, yarn and the weights of the two further targets."""
+    return [dict(zip(("window_blocks", "yarn", "mtp_1", "mtp_2"),
+                     (*map(helpers.as_window, row[:2]), *map(torch.tensor, row[2:])))) for row in rows]
+
+
 def weights(bank: tgm.Bank) -> torch.Tensor:
     """In fp32, with the lower bits where there are some; a copy."""
     return (tgm.read_weights(bank.shard, bank.state["mantissa"]) if "mantissa" in bank.state else bank.shard).clone()
@@ -207,7 +229,7 @@ def updates(config: tgm.Run, world: tgm.World, compiled: Callable) -> dict[str, 
     """What each of two steps on fixed gradients adds to the weights, in fp32, by bank; the other states at the end."""
     model, found = random_model(config), {}
     optimizer = tgm.Optimizer(model, config, world, compiled)
-    for step in (1, 2):
+    for step in (2 * config.update_every - 1, 3 * config.update_every - 1):  # at which all groups update
         before = {name: weights(bank) for name, bank in optimizer.banks.items()}
         helpers.give_gradients(model, world, step)
         optimizer.step(step)

@@ -1,6 +1,7 @@
-"""Triton's interpreter, mended: right bf16, NVIDIA's functions, and no access outside of a launch's arguments.
+"""Triton's interpreter, mended: right bf16 and e5m2, NVIDIA's functions, no access outside of a launch's arguments.
 
-The interpreter holds bf16 as uint16, computes with those integers, and truncates fp32.
+The interpreter holds bf16 as uint16, computes with those integers, and truncates fp32. To e5m2 it rounds without a
+carry into the exponent.
 """
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -28,14 +29,19 @@ def to_bf16(x: TensorHandle) -> TensorHandle:
     return TensorHandle(upper.astype(np.uint16), tl.bfloat16)
 
 
-def fix_bf16(patch: pytest.MonkeyPatch) -> None:
+def fix_rounding(patch: pytest.MonkeyPatch) -> None:
     """Casts, dots and operators, computed in fp32 and rounded once. Reductions of bf16 itself stay wrong."""
-    cast = InterpreterBuilder.cast_impl
+    cast, convert = InterpreterBuilder.cast_impl, InterpreterBuilder.create_fp_to_fp
 
     def cast_impl(self, x, dtype):
         if dtype.scalar == tl.bfloat16:
             return to_bf16(cast(self, to_fp32(x), tl.float32))
         return cast(self, to_fp32(x), dtype)
+
+    def create_fp_to_fp(self, x, dtype, rounding_mode):
+        if (x.dtype.scalar, dtype.scalar) != (tl.float32, tl.float8e5):
+            return convert(self, x, dtype, rounding_mode)
+        return TensorHandle(torch.from_numpy(x.data).to(torch.float8_e5m2).view(torch.uint8).numpy(), tl.float8e5)
 
     def in_fp32(operation):
         def run(self, *arguments):
@@ -46,13 +52,15 @@ def fix_bf16(patch: pytest.MonkeyPatch) -> None:
         return run
 
     patch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
+    patch.setattr(InterpreterBuilder, "create_fp_to_fp", create_fp_to_fp)
     for name in ("create_dot", "binary_op", "unary_op"):
         patch.setattr(InterpreterBuilder, name, in_fp32(getattr(InterpreterBuilder, name)))
 
 
 class Libdevice:
     """NVIDIA's functions of tensors, by numpy's; one that is missing here raises AttributeError."""
-    named_otherwise = {"rsqrt": lambda x: 1 / np.sqrt(x), "pow": np.power, "fabs": np.abs, "nearbyint": np.rint}
+    named_otherwise = {"rsqrt": lambda x: 1 / np.sqrt(x), "pow": np.power, "fabs": np.abs, "nearbyint": np.rint,
+                       "erf": lambda x: torch.erf(torch.as_tensor(x)).numpy()}
 
     def __getattr__(self, name: str) -> Callable[..., tl.tensor]:
         function = self.named_otherwise.get(name) or getattr(np, name)
@@ -112,7 +120,7 @@ def check_addresses(patch: pytest.MonkeyPatch) -> None:
 def mend(patch: pytest.MonkeyPatch) -> None:
     """All of the above, for TorchInductor's kernels as well."""
     from torch._inductor.runtime import triton_compat, triton_helpers
-    fix_bf16(patch)
+    fix_rounding(patch)
     patch_language_once(patch)
     check_addresses(patch)
     for module in (triton_helpers, triton_compat):

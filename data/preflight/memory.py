@@ -110,7 +110,7 @@ def compiled_model(config) -> nn.Module:
 
 def pieces(config) -> list[int]:
     """Of a batch, by stage."""
-    return [stage.num_slices * config.seq_len // config.piece_len for stage in config.stages]
+    return [config.pieces(stage)[0] for stage in config.stages]
 
 
 def count(config, world_size: int) -> int:

@@ -99,7 +99,7 @@ def step_times_of(side: Side, steps: list[int]) -> tuple[np.ndarray, np.ndarray,
 def published_curve(path: Path) -> Curve:
     """The mean curve of a published.json; ms per step from its times, validation to validation."""
     runs, data = read_published(path)
-    rows = data["smear_mtp"]["mean_curve_of_26_runs"]
+    rows = data["record"]["mean_curve"]
     column = {key: np.array([row[key] for row in rows]) for key in rows[0]}
     extras = {key: (column[key], column.get(f"{key}_std", np.zeros(len(rows))))
               for key in column if "lambda" in key and not key.endswith("_std")}

@@ -321,7 +321,7 @@ def read_published(path: Path) -> tuple[list[Run], dict]:
     """The runs of a published.json (final loss and time alone), and its content. Raises RecordError if damaged."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        record = data["smear_mtp"]
+        record = data["record"]
         count, _, kind = record["hardware"].partition("x ")
         environment = Environment(torch=record["torch"], gpus=(kind,) * int(count))
         steps = record["num_iterations"]

@@ -33,6 +33,7 @@ def mask_by_definition(ids: list[int], doc_token: int, w: int) -> torch.Tensor:
     return mask
 
 
+BLOCK_LISTS = [(f"{kind}_num_blocks", f"{kind}_indices") for kind in ("kv", "full_kv", "q", "full_q")]
 LAYOUTS = {"one document": [0], "no mark": [], "borders on blocks": [0, 128, 512],
            "around borders": [127, 129, 255, 257], "short": list(range(0, 640, 37)),
            "long after short": [5, 6, 7, 200], "last token": [639]}
@@ -49,6 +50,27 @@ def test_mask_is_the_definition(layout, w):
     assert ours.diagonal().all()  # no query without a key
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("w", [1, 60, 127, 128, 129, 255, 256, 700])
+def test_windows_exact_to_the_token(layout, w):
+    """Which pairs attend; and every block that is listed, by rows and by columns, is needed, a full one full."""
+    ids = torch.zeros(640, dtype=torch.int32)
+    ids[LAYOUTS[layout]] = 7
+    mask, = tgm.block_masks(ids, (as_window(w),), 7, exact=True)
+    position, doc = torch.arange(640), (ids == 7).cumsum(0)
+    apart = position[:, None] - position
+    expected = (apart >= 0) & (apart <= w) & (doc[:, None] == doc)
+    assert torch.equal(tgm.dense_mask(mask), expected)
+    blocks = expected.view(5, 128, 5, 128).transpose(1, 2).flatten(2)
+    listed = {number: torch.zeros(5, 5, dtype=torch.bool) for number, _ in BLOCK_LISTS}
+    for number, index in BLOCK_LISTS:
+        for i, count in enumerate(getattr(mask, number)[0, 0].tolist()):
+            listed[number][i, getattr(mask, index)[0, 0, i, :count].long()] = True
+    partial, full, by_columns, full_by_columns = listed.values()
+    assert torch.equal(full, blocks.all(-1)) and torch.equal(partial, blocks.any(-1) & ~full)
+    assert torch.equal(full_by_columns.T, full) and torch.equal(by_columns.T, partial)
+
+
 @pytest.mark.parametrize("options, right", [
     (tgm.LONG_WINDOW_KERNEL, True), (tgm.SHORT_WINDOW_KERNEL, True), ({"fwd_ROWS_GUARANTEED_SAFE": True}, False),
     ({"fwd_ROWS_GUARANTEED_SAFE": True, "fwd_BLOCK_N": 128}, True)])
@@ -61,9 +83,6 @@ def test_rows_are_called_safe_only_if_their_first_tile_is(options, right):
     tile = options.get("fwd_BLOCK_N", 64)  # torch's own for an H100
     called_safe = any("ROWS_GUARANTEED_SAFE" in name for name in options)
     assert (tgm.dense_mask(mask)[:128, :tile].any(1).all() or not called_safe) == right
-
-
-BLOCK_LISTS = [(f"{kind}_num_blocks", f"{kind}_indices") for kind in ("kv", "full_kv", "q", "full_q")]
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 5, 12])

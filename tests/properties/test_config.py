@@ -34,7 +34,12 @@ def test_numbers_that_are_not_positive_are_refused_by_name():
     (dict(stages=(tgm.Stage(1.0, num_slices=0),)), "num_slices"),
     (dict(groups=(tgm.Group("one", ("a", "b"), None), tgm.Group("other", ("b", "c"), None))), "b is a role in two"),
     (dict(groups=(tgm.Group("one", ("a",), None), tgm.Group("one", ("b",), None))), "the same name"),
+    (dict(stages=(tgm.Stage(seq_len=192),)), "seq_len is not a multiple"),
+    (dict(stages=(tgm.Stage(seq_len=512),)), "seq_len is not .* at most seq_len"),
     (dict(snoo_every=0), "every"),
+    (dict(snoo=None, groups=(tgm.Group("one", ("a",), None, every=0),)), "group's `every`"),
+    (dict(snoo=tgm.Snoo(), groups=(tgm.Group("one", ("a",), None, every=2),)), "Snoo needs"),
+    (dict(snoo=None, checkpoint_every=3, groups=(tgm.Group("one", ("a",), None, every=2),)), "not a multiple of 2"),
     # The recipe's own.
     (dict(val_loss_chunks=3), "val_loss_chunks"),
     (dict(head_dim=31), "head_dim"),
@@ -59,7 +64,8 @@ def test_schedules_of_a_preset_are_numbers_that_a_run_can_use(preset):
         for group in config.groups:
             numbers = group.rule.hyperparameters(step, config)
             assert all(math.isfinite(x) and x >= 0 for x in numbers.values()), (step, group.name, numbers)
-            assert numbers.get("lr", 1) > 0 and numbers.get("momentum", 0) < 1, (step, group.name, numbers)
+            assert numbers.get("lr", 1) > 0 or step == 0, (step, group.name, numbers)
+            assert numbers.get("momentum", 0) < 1, (step, group.name, numbers)
     for step in range(config.num_iterations + 1):
         inputs = config.model_inputs(step)
         assert all(type(x) in (int, float) and math.isfinite(x) for x in inputs.values()), (step, inputs)
@@ -73,7 +79,8 @@ def test_a_stage_holds_until_its_share_of_the_steps_is_done():
     assert [config.batch_tokens(step) // config.seq_len for step in range(8)] == [2, 2, 4, 4, 8, 8, 8, 8]
     assert [tgm.num_window_blocks(step, config) for step in (2, 3)] == [3, 3]
     plain = tgm.replace(config, stages=(tgm.Stage(1.0, 8),))
-    assert [tgm.lr_factor(step, config) / tgm.lr_factor(step, plain) for step in range(8)] == [1] * 4 + [0.5] * 4
+    for step, factor in enumerate([1] * 4 + [0.5] * 4):
+        assert tgm.lr_factor(step, config) == factor * tgm.lr_factor(step, plain)
 
 
 @pytest.mark.parametrize("arguments", [["large"], [*list(tgm.PRESETS)[:1], "seed=1"], ["--help"]])

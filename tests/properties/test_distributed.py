@@ -96,10 +96,11 @@ def test_banks_are_the_groups_parameters_of_one_unit(preset, size):
     """At the preset's full size; a rank holds the states of its shards alone."""
     config = tgm.PRESETS[preset]()
     optimizer = make_optimizer(config, size)
-    assert [rule for rule, *_ in optimizer.groups] == [group.rule for group in config.groups]
+    assert [group for group, *_ in optimizer.groups] == [*config.groups]
     banked = [p for bank in optimizer.banks.values() for p in bank.params]
     assert sorted(map(id, banked)) == sorted(map(id, optimizer.params))
-    for rule, _, banks in optimizer.groups:
+    for group, _, banks in optimizer.groups:
+        rule = group.rule
         for bank in banks:
             unit = tuple(bank.shard.shape[1:])
             assert {(p.dtype, tuple(p.shape[-rule.unit_dims:]) if rule.unit_dims else (128,)) for p in bank.params} == {
@@ -131,8 +132,8 @@ def test_a_step_takes_no_more_memory_than_it_must(reports, size):
     # matrices of a group with 16.5: directions by bank and as a batch, 4; X, two products and their sum, 8; A and four
     # products, a quarter of X each, 2.5; the fp32 gradient of one of the two banks, 2.
     average = 6 * max(buffer.numel() for buffer in buffers) if size > 1 else 0
-    update = 16.5 * max(sum(bank.shard.numel() for bank in banks) for rule, _, banks in optimizer.groups
-                        if isinstance(rule, tgm.Muon))
+    update = 16.5 * max(sum(bank.shard.numel() for bank in banks) for group, _, banks in optimizer.groups
+                        if isinstance(group.rule, tgm.Muon))
     states = {name: num_bytes(state) for name, state in optimizer.state_dict().items()}
     for rank_report in reports[size]:
         assert 0 < rank_report["watched"]["step_bytes"] <= packed + received + max(average, update)

@@ -81,7 +81,7 @@ def copy_with(patch: Path, copy: Path) -> str:
         (copy / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "tests", copy / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(TRAINER, copy)
-    applied = subprocess.run(["git", "apply", "-C1", str(patch)], cwd=copy, capture_output=True, text=True)
+    applied = subprocess.run(["git", "apply", str(patch)], cwd=copy, capture_output=True, text=True)
     if applied.returncode:
         pytest.fail(f"tests/edits/{patch.name} does not apply to {TRAINER.name}: make its edit by hand and write the "
                     f"patch again with git diff.\n{applied.stderr}", pytrace=False)

@@ -16,7 +16,7 @@ from helpers import DEVICE, relative
 from plain_optimizer import NEWTON_SCHULZ_COEFFICIENTS
 
 pytest.importorskip("triton", reason="triton is not installed: its interpreter runs the kernels")
-from interpreter import check_addresses, fix_bf16
+from interpreter import check_addresses, fix_rounding
 
 # On a GPU fp32 is left to the plain versions.
 DTYPES = [torch.float16, torch.bfloat16] + [torch.float32] * (DEVICE.type != "cuda")
@@ -24,8 +24,8 @@ UNIT = 2.0 ** -24  # rounding of fp32, relative
 
 
 @pytest.fixture(autouse=True)
-def right_bf16(monkeypatch):
-    fix_bf16(monkeypatch)
+def right_rounding(monkeypatch):
+    fix_rounding(monkeypatch)
 
 
 @pytest.mark.parametrize("shared_kib, dtype, small, large", [
@@ -44,8 +44,8 @@ def randn(*shape: int, seed: int, dtype: torch.dtype, scale: float = 1.0) -> tor
 
 def assert_within(ours: torch.Tensor, exact_fp64: torch.Tensor, bound: torch.Tensor) -> None:
     """|ours - exact| <= bound + half a last place of ours' dtype, element by element; NaN fails."""
-    half_place = {torch.float32: UNIT, torch.float16: 2.0 ** -11, torch.bfloat16: 2.0 ** -8}[ours.dtype]
-    smallest = {torch.float32: 0.0, torch.float16: 2.0 ** -25, torch.bfloat16: 0.0}[ours.dtype]
+    half_place, smallest = {torch.float32: (UNIT, 0.0), torch.float16: (2.0 ** -11, 2.0 ** -25),
+                            torch.bfloat16: (2.0 ** -8, 0.0), torch.float8_e5m2: (2.0 ** -3, 2.0 ** -17)}[ours.dtype]
     excess = (ours.double() - exact_fp64).abs() - bound - half_place * exact_fp64.abs() - smallest
     assert (excess <= 0).all(), f"{(~(excess <= 0)).sum()} of {excess.numel()} elements, by up to {excess.max()}"
 
@@ -77,8 +77,9 @@ def test_cross_entropy_equals_plain_torch(kernels, dtype, T, V):
 
 # Borders that no tile divides, one tile, several tiles a program.
 @pytest.mark.parametrize("T, C", [(128, 64), (200, 96), (384, 72)])
+@pytest.mark.parametrize("transposed", [False, True])  # how proj is stored
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_mlp_products_equal_plain_torch(kernels, dtype, T, C):
+def test_mlp_products_equal_plain_torch(kernels, dtype, transposed, T, C):
     x, fc = randn(T, C, seed=1, dtype=dtype), randn(4 * C, C, seed=2, dtype=dtype, scale=C ** -0.5)
     post = tgm.mlp_up(x, fc)
     h = x.double() @ fc.double().mT
@@ -86,12 +87,49 @@ def test_mlp_products_equal_plain_torch(kernels, dtype, T, C):
     assert post.dtype == dtype and post.shape == (T, 4 * C)
     assert_within(post, h.relu() ** 2, 2 * h.abs() * h_error + h_error ** 2 + 2 * UNIT * h ** 2)
     dy, proj = randn(T, C, seed=3, dtype=dtype), randn(C, 4 * C, seed=4, dtype=dtype, scale=C ** -0.5)
-    dh = tgm.mlp_down_grad(dy, proj, post)
+    dh = tgm.mlp_down_grad(dy, proj.mT.contiguous().mT if transposed else proj, post)
     slope = 2 * post.double().sqrt()
     exact = slope * (dy.double() @ proj.double())
     product_error = (C + 1) * UNIT * (dy.double().abs() @ proj.double().abs())
     assert dh.dtype == dtype and (exact != 0).any() and (exact == 0).any()
     assert_within(dh, exact, slope * product_error + 4 * UNIT * exact.abs())
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_mlp_equals_plain_torch(kernels, transposed):
+    """Through its Function: every product of n terms is off by n + 1 units, on top of what its factors are off by."""
+    T, C, hidden, dtype = 200, 96, 384, DTYPES[-1]
+    x, fc = (randn(*shape, seed=seed, dtype=dtype, scale=C ** -0.25).requires_grad_()
+             for seed, shape in ((1, (T, C)), (2, (hidden, C))))
+    stored = randn(C, hidden, seed=3, dtype=dtype, scale=hidden ** -0.5)
+    stored = (stored.mT.contiguous() if transposed else stored).requires_grad_()
+    proj, dy = stored.mT if transposed else stored, randn(T, C, seed=4, dtype=dtype)
+    y = tgm.ReluSquaredMLP.apply(x, fc, proj)
+    y.backward(dy)
+    place = UNIT if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+
+    def product(a, a_error, b, b_error):
+        """And its error, without the rounding of the result itself."""
+        error = (a.size(-1) + 1) * UNIT * a.abs() @ b.abs() + a_error @ b.abs() + (a.abs() + a_error) @ b_error
+        return a @ b, error
+
+    def exact(a):
+        return a.detach().double(), torch.zeros(a.shape, dtype=torch.float64, device=DEVICE)
+
+    def transpose(pair):
+        return pair[0].mT, pair[1].mT
+
+    h, h_error = product(*exact(x), *exact(fc.mT))
+    r = h.relu()
+    post = r ** 2, 2 * r * h_error + h_error ** 2 + (2 * UNIT + place) * r ** 2
+    assert_within(y, *product(*post, *transpose(exact(proj))))
+    g, g_error = product(*exact(dy), *exact(proj))
+    slope_error = 2 * (h_error + (2 * UNIT + place) * r)
+    dh = 2 * r * g, 2 * r * g_error + slope_error * (g.abs() + g_error) + (4 * UNIT + place) * (2 * r * g).abs()
+    assert_within(x.grad, *product(*dh, *exact(fc)))
+    assert_within(fc.grad, *product(*transpose(dh), *exact(x)))
+    grad = product(*transpose(exact(dy)), *post)
+    assert_within(stored.grad, *(transpose(grad) if transposed else grad))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -107,6 +145,23 @@ def test_embedding_gradients_equal_plain_torch(kernels, dtype, C):
     magnitude = torch.zeros_like(exact).index_add_(1, ids.to(DEVICE), grads.double().abs())
     assert ours.dtype == dtype and ours[:, 1].abs().sum() == 0  # an id that does not occur
     assert_within(ours, exact, T * UNIT * magnitude)
+
+
+def test_tables_of_several_tensors_share_their_ids(kernels):
+    """One of them lies within a larger parameter, and of another no row is used."""
+    T, V, C, dtype = 200, 40, 64, DTYPES[-1]
+    ids = torch.randint(V, (T,), generator=torch.Generator().manual_seed(0), dtype=torch.int32).to(DEVICE)
+    pairs, tables = (randn(*shape, V, *further, seed=1, dtype=dtype).requires_grad_()
+                     for shape, further in (((), (2, C)), ((3,), (C,))))
+    grads = randn(4, T, C, seed=2, dtype=dtype)
+    grads[2] = 0
+    rows = tgm.Embed.apply(ids, pairs[:, 1][None], tables)
+    assert all(torch.equal(row, F.embedding(ids, table)) for row, table in zip(rows, (pairs[:, 1], *tables)))
+    sum((row * grad).sum() for row, grad in zip((rows[0], rows[1], rows[3]), (grads[0], grads[1], grads[3]))).backward()
+    exact = torch.zeros(4, V, C, dtype=torch.float64, device=DEVICE).index_add_(1, ids, grads.double())
+    magnitude = torch.zeros_like(exact).index_add_(1, ids, grads.double().abs())
+    assert pairs.grad[:, 0].abs().sum() == 0
+    assert_within(torch.cat((pairs.grad[:, 1][None], tables.grad)), exact, T * UNIT * magnitude)
 
 
 # One tile; tiles above, on and below the diagonal, of several matrices and several steps along K.
@@ -132,6 +187,7 @@ def test_symmetric_products_equal_plain_torch(kernels, dtype, n, rows, K):
     ("cross_entropy", lambda x, ids: (x(64, 256), ids, 15.0, True)),
     ("mlp_up", lambda x, ids: (x(64, 64), x(256, 64))),
     ("mlp_down_grad", lambda x, ids: (x(64, 64), x(64, 256), x(64, 256).square())),
+    ("mlp_down_grad", lambda x, ids: (x(64, 64), x(256, 64).mT, x(64, 256).square())),
     ("embedding_grad", lambda x, ids: (x(2, 64, 32), ids, 256)),
     ("symmetric_product", lambda x, ids: (x(2, 128, 64), 1.0, 0.0)),
     ("symmetric_product", lambda x, ids: (x(2, 128, 128), 1.2, -3.1))])

@@ -38,6 +38,10 @@ def different_logits(model, ids: torch.Tensor, other: torch.Tensor, step: int | 
     return (one != other).any(1).nonzero().flatten().tolist()
 
 
+def test_a_validations_line_shows_numbers(make_model):
+    assert all(isinstance(x, float) for x in make_model().report().values())
+
+
 @pytest.mark.parametrize("step", [0, None])
 def test_a_suffix_never_changes_earlier_logits(make_model, step):
     model = make_model()

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import train_gpt_medium as tgm
-from helpers import ALONE, DISTINCT_PRESETS, NUM_STEPS, give_gradients, randomise, relative, small_config
+from helpers import ALONE, CPU, DISTINCT_PRESETS, NUM_STEPS, give_gradients, random_ids, randomise, relative, \
+    small_config
 
 
 def as_tensors(numbers: dict[str, float]) -> dict[str, torch.Tensor]:
@@ -39,6 +40,32 @@ def test_muon_formula_in_fp32(shapes):
             W = W * (1 - rule.lr * rule.decay) - rule.lr * max(1, rows / cols) ** 0.5 * S
         # Newton-Schulz multiplies fp32 rounding (6e-8) by up to its slope at zero, the product of the a: about 500.
         assert ((p - W).norm() / (rule.lr * S.norm())).item() < 1e-4
+
+
+def test_a_group_may_update_every_third_step_with_the_sum_of_its_gradients(monkeypatch):
+    """Until then none of its gradients are sent, or lost where a batch is made of several pieces."""
+    config = small_config(dtype=torch.float32, snoo=None)
+    config = tgm.replace(config, groups=tuple(
+        tgm.Group(name, roles, rule, 3 if name == "embeds" else 1) for name, roles, rule, _ in config.groups))
+    model = config.make_model()
+    randomise(model)
+    optimizer, sent, send = tgm.Optimizer(model, config, ALONE), [], tgm.Bank.send_grads
+    monkeypatch.setattr(tgm.Bank, "send_grads", lambda bank: sent.append(bank) or send(bank))
+    bank, before, alone = optimizer.banks["embeds"], model.embeds.detach().clone(), []
+    for step in range(3):
+        inputs, targets = tgm.split_pieces(random_ids(2 * 256 + 1, config, step), 256)
+        single = copy.deepcopy(model)
+        losses = [single(*piece, **tgm.inputs_at(step, config, CPU)) for piece in zip(inputs, targets)]
+        alone.append(torch.autograd.grad(sum(losses) / 2, single.embeds)[0])
+        sent.clear()
+        tgm.train_step(model, optimizer, inputs, targets, step)
+        assert (bank in sent) == (step == 2) and len(sent) == len(optimizer.banks) - (step < 2)
+        assert torch.equal(model.embeds, before) == (step < 2)
+    total = sum(alone).flatten()
+    received = bank.state["exp_avg"].flatten()[:total.numel()] / (1 - optimizer.groups[-1][0].rule.betas[0])
+    # Sums of six, in two orders, and the average: a few roundings of fp32.
+    assert relative(received, total) < 1e-6
+    assert model.embeds.grad is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,7 +1,8 @@
 """A second recipe, which is this file: it imports the machine, copies nothing, and runs on ranks and nodes.
 
-Two layers of its own, a rule of its own with a state, two stages with batches and windows of their own, and other
-inputs of the model than the trainer's.
+Two layers of its own, a rule of its own with a state that updates half of the parameters at every second step alone,
+two stages with batches, lengths of pieces and windows (to the token) of their own, batches that it puts together, and
+other inputs of the model than the trainer's.
 """
 import re
 import subprocess
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helpers import CPU, TRAINER, environment, free_port, random_ids, write_shard
-from train_gpt_medium import Group, Run, Stage, attend, attention_masks, fused_head_loss, inputs_at, start
+from train_gpt_medium import Group, Run, Shard, Stage, attend, attention_masks, fused_head_loss, inputs_at, start
 
 WIDTH = 64
 
@@ -28,7 +29,16 @@ class Recipe(Run):
         return Model(self)
 
     def model_inputs(self, step: int) -> dict[str, int | float]:
-        return {"reach": self.stage(step).window // 128, "temperature": self.temperature + step / 4}
+        return {"reach": self.stage(step).window + 5, "temperature": self.temperature + step / 4}
+
+    def next_batch(self, shard: Shard, position: int, step: int) -> tuple[list[list[range]], int] | None:
+        """Every piece is its second half, then its first."""
+        batch = super().next_batch(shard, position, step)
+        if batch is None:
+            return None
+        pieces, position = batch
+        middles = [(ids.start + ids.stop) // 2 for ids, in pieces]
+        return [[range(m, ids.stop - 1), range(ids.start, m + 1)] for m, (ids,) in zip(middles, pieces)], position
 
 
 class Model(nn.Module):
@@ -41,7 +51,7 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(2))
 
     def forward(self, ids: Tensor, targets: Tensor, reach: Tensor, temperature: Tensor) -> Tensor:
-        mask, = attention_masks(ids, (reach,), self.config.doc_token)
+        mask, = attention_masks(ids, (reach,), self.config.doc_token, exact=True)
         x = F.embedding(ids, self.letters)
         for layer in self.layers:
             heads = x.view(1, len(ids), 2, -1)
@@ -73,8 +83,9 @@ class SignDescent:
 
 def seam() -> Recipe:
     return Recipe(
-        preset="seam", num_iterations=4, stages=(Stage(0.5, num_slices=2, window=128), Stage(num_slices=4, window=256)),
-        groups=(Group("layers", ("weight",), SignDescent(0.01)), Group("letters", ("letters",), SignDescent(0.02))),
+        preset="seam", num_iterations=4, stages=(Stage(0.5, num_slices=4, window=64, seq_len=128),
+                                                 Stage(num_slices=4, window=128)),
+        groups=(Group("layers", ("weight",), SignDescent(0.01)), Group("letters", ("letters",), SignDescent(0.02), 2)),
         snoo=None, data_dir="shards", vocab_size=257, doc_token=256, seq_len=512, micro_seq_len=256, val_seq_len=512,
         val_tokens=1024, val_every=2, needs_gpu=False, kernel_warmup_steps=1, seed=1, checkpoint_every=2)
 
@@ -91,9 +102,9 @@ def start_script(folder: Path, *launcher: str, **variables: str) -> subprocess.P
 def logs(tmp_path_factory) -> dict[str, str]:
     """Of one rank, two, two launchers of two ranks each on the loopback, and two that resume the two."""
     folders = {name: tmp_path_factory.mktemp(name) for name in ("one", "two", "first", "second")}
-    period, config = random_ids(256, seam()), seam()
+    period, config = random_ids(128, seam()), seam()
     for folder in folders.values():  # all pieces are equal, so that losses are, to the last digit
-        write_shard(folder / "shards" / "text_train_000001.bin", [*period.repeat(24), period[0]])
+        write_shard(folder / "shards" / "text_train_000001.bin", [*period.repeat(40), period[0]])
         write_shard(folder / "shards" / "text_val_000000.bin", random_ids(1025, config))
     node = ("--nnodes=2", "--rdzv_id=seam", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}",
             "--local_addr=127.0.0.1")
@@ -120,8 +131,8 @@ def test_ranks_and_nodes_train_as_one(logs):
     assert fields(logs["two"]) == fields(logs["nodes"]) == one
     assert fields(logs["resumed"]) == one[3:]  # from the validation after step 2 on
     assert [(step, further) for step, loss, further in one if not loss] == [
-        ("1", "tokens:1024 reach:1 temperature:1.0"), ("2", "tokens:2048 reach:1 temperature:1.25"),
-        ("3", "tokens:4096 reach:2 temperature:1.5"), ("4", "tokens:6144 reach:2 temperature:1.75")]
+        ("1", "tokens:512 reach:69 temperature:1"), ("2", "tokens:1024 reach:69 temperature:1.25"),
+        ("3", "tokens:3072 reach:133 temperature:1.5"), ("4", "tokens:5120 reach:133 temperature:1.75")]
     losses = [float(loss) for _, loss, _ in one if loss]
     assert len(losses) == 3 and losses[-1] < losses[0]
 
@@ -129,7 +140,7 @@ def test_ranks_and_nodes_train_as_one(logs):
 def test_numbers_reach_the_model_as_they_are():
     inputs = inputs_at(1, seam(), CPU)
     assert {name: (x.item(), x.dtype) for name, x in inputs.items()} == {
-        "reach": (1, torch.int32), "temperature": (1.25, torch.float32)}
+        "reach": (69, torch.int32), "temperature": (1.25, torch.float32)}
 
 
 def test_the_log_holds_both_sources(logs):

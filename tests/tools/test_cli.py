@@ -86,8 +86,9 @@ def test_help_and_unknown_presets():
     done = run("bash", "run.sh", "--help")
     assert done.returncode == 0 and done.stdout.startswith("usage: ./run.sh [PRESET]")
     done = run("bash", "run.sh", "huge")
-    assert done.returncode == 1 and done.stderr == (f"run.sh: 'huge' is not a preset of {TRAINER.name}: choose one of "
-                                                    "medium baseline short tiny small.\n")
+    own, others = "medium baseline short tiny small", "mudd mudd_smear mudd_short mudd_tiny 1b baseline tiny"
+    assert done.returncode == 1 and done.stderr == (
+        f"run.sh: 'huge' is not a preset of {TRAINER.name}: choose one of {own} {others}.\n")
     done = run("bash", "run.sh", "--huge")
     assert done.returncode == 1 and "'--huge' is not an option" in done.stderr
     done = run(sys.executable, TRAINER, "huge")

@@ -13,7 +13,7 @@ import records
 import synthetic_logs as logs
 from run_log import RecordError, read_log
 
-PUBLISHED = json.loads((follow.PUBLISHED / "published.json").read_text())["smear_mtp"]
+PUBLISHED = json.loads((follow.PUBLISHED / "published.json").read_text())["record"]
 
 
 def published_log(path: Path, shift: float = 0.0, last_step: int = 5535, slower: float = 1.0) -> Path:

@@ -11,6 +11,7 @@ from torch.nn.attention import flex_attention
 
 import memory
 import train_gpt_medium as tgm
+import train_gpt_mudd as mudd
 from helpers import FEW_LAYERS, RECORDS, as_window, num_bytes, random_ids, run_ranks, small_config
 
 RECORD, LAYER = tgm.Config(), tgm.Layer
@@ -190,3 +191,12 @@ def test_lengths_are_those_that_config_and_ranks_accept(monkeypatch):
     for size, free, fitting in ((1, 2**40, 65536), (8, 1032, 1024), (8, 1031, 512), (1, 129, 128), (1, 128, None)):
         assert memory.largest_micro_seq_len(RECORD, size, free) == (fitting and (fitting, fitting + size))
     assert memory.largest_micro_seq_len(RECORD, 3, 2**40) is None
+
+
+def test_another_recipe_is_counted_and_its_stages_have_pieces_of_their_own():
+    layers = (*mudd.LAYERS[:5], mudd.Layer(skip_from=2), mudd.Layer(long_window=True, value_embed=4))
+    config = tgm.replace(mudd.PRESETS["mudd_tiny"](), micro_seq_len=128, layers=layers, late_layer=4)
+    assert memory.pieces(config) == [4, 8, 12, 16, 16, 16, 16, 16, 16]
+    optimizer = memory.optimizer_of(config, 1)
+    held = num_bytes([optimizer.state_dict(), [bank.buffer for bank in optimizer.banks.values()]])
+    assert 2 * held > memory.count(config, 1) > held

@@ -19,7 +19,8 @@ pytest.importorskip("matplotlib")
 @pytest.fixture
 def records_folder(tmp_path):
     folder = tmp_path / "records"
-    shutil.copytree(RECORDS / "2025-11-02_SmearMTP", folder / "2025-11-02_SmearMTP")
+    for path in RECORDS.glob("2*_*"):
+        shutil.copytree(path, folder / path.name)
     shutil.copy(RECORDS / "README.md", folder)
     return folder
 

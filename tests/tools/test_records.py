@@ -16,11 +16,11 @@ READMES = [RECORDS / "README.md", FOLDER / "README.md"]
 TARGET = 2.92  # nats/token
 
 DATA = json.loads((FOLDER / "published.json").read_text(encoding="utf-8"))
-RECORD, PREVIOUS = DATA["smear_mtp"], DATA["previous_record"]
-LOSSES, TIMES, CURVE = RECORD["val_loss"], RECORD["train_time_s"], RECORD["mean_curve_of_26_runs"]
+RECORD, PREVIOUS = DATA["record"], DATA["previous_record"]
+LOSSES, TIMES, CURVE = RECORD["val_loss"], RECORD["train_time_s"], RECORD["mean_curve"]
 NUM_RUNS = len(LOSSES)
-STANDARD_ERROR = statistics.stdev(LOSSES) / math.sqrt(NUM_RUNS)
-T_STATISTIC = (statistics.mean(LOSSES) - TARGET) / STANDARD_ERROR
+MUDD_FOLDER = RECORDS / "2026-04-27_MUDD"
+MUDD = json.loads((MUDD_FOLDER / "published.json").read_text(encoding="utf-8"))["record"]
 
 
 def read_tables(path: Path) -> list[list[list[str]]]:
@@ -41,29 +41,60 @@ def prose(path: Path) -> str:
     return " ".join(path.read_text(encoding="utf-8").split())
 
 
-def test_published_figures_agree_with_each_other():
-    assert len(TIMES) == NUM_RUNS == 26
-    last = CURVE[-1]
-    assert last["step"] == RECORD["num_iterations"]
-    assert last["val_loss"] == round(statistics.mean(LOSSES), 6)
-    assert last["val_loss_std"] == round(statistics.stdev(LOSSES), 6)
-    assert last["train_time_ms"] == round(1000 * statistics.mean(TIMES))
+@pytest.mark.parametrize("record, num_runs", [(RECORD, 26), (MUDD, 6)])
+def test_published_figures_agree_with_each_other(record, num_runs):
+    losses, times, last = record["val_loss"], record["train_time_s"], record["mean_curve"][-1]
+    assert len(losses) == len(times) == num_runs
+    assert last["step"] == record["num_iterations"]
+    assert last["val_loss"] == round(statistics.mean(losses), 6)
+    assert last["val_loss_std"] == round(statistics.stdev(losses), 6)
+    assert last["train_time_ms"] == round(1000 * statistics.mean(times))
 
 
-def expected_tables() -> dict[str, list[list[str]]]:
-    """Body rows of every table of the record's README, by its header."""
-    loss, seconds = "val loss (nats/token)", "train time (s)"
+def test_the_mean_curve_of_mudd_is_that_of_its_runs():
+    for points, mean in zip(zip(*MUDD["runs"], strict=True), MUDD["mean_curve"], strict=True):
+        losses, times = ([point[name] for point in points] for name in ("val_loss", "train_time_ms"))
+        assert {point["step"] for point in points} == {mean["step"]}
+        assert (mean["val_loss"], mean["val_loss_std"], mean["train_time_ms"]) == (
+            round(statistics.mean(losses), 6), round(statistics.stdev(losses), 6), round(statistics.mean(times)))
+    assert [run[-1]["val_loss"] for run in MUDD["runs"]] == MUDD["val_loss"]
+    assert [run[-1]["train_time_ms"] / 1000 for run in MUDD["runs"]] == MUDD["train_time_s"]
+
+
+LOSS, SECONDS = "val loss (nats/token)", "train time (s)"
+
+
+def tables_of_runs(record: dict, digits: int) -> dict[str, list[list[str]]]:
+    """Body rows of the tables that every record's README begins with, by header; `digits` of a run's published loss."""
+    losses, times = record["val_loss"], record["train_time_s"]
+    standard_error = statistics.stdev(losses) / math.sqrt(len(losses))
+    margin = TARGET - statistics.mean(losses)
     statistics_of = {"mean": statistics.mean, "sample std (n - 1)": statistics.stdev, "standard error": lambda values: (
         statistics.stdev(values) / math.sqrt(len(values))), "min": min, "max": max}
     tests = {
-        "n (runs)": str(NUM_RUNS),
-        "degrees of freedom": str(NUM_RUNS - 1),
-        "t": f"{T_STATISTIC:.3f}",
-        "one-sided p": f"{stats.ttest_1samp(LOSSES, TARGET, alternative='less').pvalue:.2e}",
-        "margin below 2.92 (nats/token)": f"{TARGET - statistics.mean(LOSSES):.6f}",
-        "margin below 2.92 (standard errors)": f"{-T_STATISTIC:.2f}",
-        "runs above 2.92": f"{sum(loss > TARGET for loss in LOSSES)} of {NUM_RUNS}",
+        "n (runs)": str(len(losses)),
+        "degrees of freedom": str(len(losses) - 1),
+        "t": f"{-margin / standard_error:.3f}",
+        "one-sided p": f"{stats.ttest_1samp(losses, TARGET, alternative='less').pvalue:.2e}",
+        "margin below 2.92 (nats/token)": f"{margin:.6f}",
+        "margin below 2.92 (standard errors)": f"{margin / standard_error:.2f}",
+        "runs above 2.92": f"{sum(loss > TARGET for loss in losses)} of {len(losses)}",
     }
+    return {
+        "item|value": [
+            *([name, record[name]] for name in ("date", "hardware", "torch")),
+            ["steps", f"{record['num_iterations']:,}"],
+            ["runs", str(len(losses))], ["peak memory (MiB per GPU)", f"{record['peak_memory_MiB']:,}"]],
+        f"statistic|{LOSS}|{SECONDS}": [[name, f"{function(losses):.6f}", f"{function(times):.3f}"]
+                                        for name, function in statistics_of.items()],
+        "test of mean loss <= 2.92|value": [*map(list, tests.items())],
+        f"run|{LOSS}|{SECONDS}": [[str(run), f"{loss:.{digits}f}", f"{seconds:.3f}"]
+                                  for run, (loss, seconds) in enumerate(zip(losses, times), 1)],
+    }
+
+
+def expected_tables() -> dict[str, list[list[str]]]:
+    """Body rows of every table of the first record's README, by its header."""
     old_steps, new_steps = PREVIOUS["num_iterations"], RECORD["num_iterations"]
     old_time, new_time = PREVIOUS["train_time_s_mean"], statistics.mean(TIMES)
     quantities = [
@@ -75,15 +106,8 @@ def expected_tables() -> dict[str, list[list[str]]]:
     label = f"fewer steps alone: {old_steps - new_steps} of {old_steps:,} at the previous mean time per step"
     parts = [(label, fewer_steps), ("rest", difference - fewer_steps), ("all", difference)]
     return {
-        "item|value": [
-            *([name, RECORD[name]] for name in ("date", "hardware", "torch")), ["steps", f"{new_steps:,}"],
-            ["runs", str(NUM_RUNS)], ["peak memory (MiB per GPU)", f"{RECORD['peak_memory_MiB']:,}"]],
-        f"statistic|{loss}|{seconds}": [[name, f"{function(LOSSES):.6f}", f"{function(TIMES):.3f}"]
-                                        for name, function in statistics_of.items()],
-        "test of mean loss <= 2.92|value": [*map(list, tests.items())],
-        f"run|{loss}|{seconds}": [[str(run), f"{loss:.6f}", f"{seconds:.3f}"]
-                                  for run, (loss, seconds) in enumerate(zip(LOSSES, TIMES), 1)],
-        f"step|val loss mean (nats/token)|val loss std|mean {seconds}|smear_lambda mean|smear_lambda std|"
+        **tables_of_runs(RECORD, 6),
+        f"step|val loss mean (nats/token)|val loss std|mean {SECONDS}|smear_lambda mean|smear_lambda std|"
         "backout_lambda 0|backout_lambda 1": [
             [f"{point['step']:,}", f"{point['val_loss']:.6f}", f"{point['val_loss_std']:.6f}",
              f"{point['train_time_ms'] / 1000:.3f}", f"{point['smear_lambda']:.6f}", f"{point['smear_lambda_std']:.6f}",
@@ -98,6 +122,19 @@ def expected_tables() -> dict[str, list[list[str]]]:
     }
 
 
+def expected_tables_of_mudd() -> dict[str, list[list[str]]]:
+    """As `expected_tables`; the time of a step is that between validations."""
+    rows, before = [], {"step": 0, "train_time_ms": 0}
+    for point in MUDD["mean_curve"]:
+        steps = point["step"] - before["step"]
+        per_step = f"{(point['train_time_ms'] - before['train_time_ms']) / steps:.1f}" if steps else ""
+        rows.append([f"{point['step']:,}", f"{point['val_loss']:.6f}", f"{point['val_loss_std']:.6f}",
+                     f"{point['train_time_ms'] / 1000:.3f}", per_step])
+        before = point
+    return tables_of_runs(MUDD, 4) | {
+        f"step|val loss mean (nats/token)|val loss std|mean {SECONDS}|ms per step since the row above": rows}
+
+
 def test_every_table_prints_the_published_figures():
     found = {"|".join(header): rows for header, *rows in read_tables(READMES[1])}
     expected = expected_tables()
@@ -109,6 +146,13 @@ def test_every_table_prints_the_published_figures():
             assert [rows[0], rows[-1]] == [points[0], points[-1]]
             expected[header] = [point for point in points if point in rows]
         assert rows == expected[header]
+
+
+def test_every_table_of_mudd_prints_the_published_figures():
+    found = {"|".join(header): rows for header, *rows in read_tables(MUDD_FOLDER / "README.md")}
+    expected = expected_tables_of_mudd()
+    assert {header: found[header] for header in expected} == expected
+    assert found.keys() - expected.keys() == {"published|here|the same?", "preset|what it is"}
 
 
 def test_headers_of_the_tables_of_rules_and_tools():
@@ -135,7 +179,7 @@ def test_figures_in_the_text_of_the_record():
         f"the mean loss is {TARGET} or more. One-sample t-test over all {NUM_RUNS} runs, t = (mean - {TARGET}) /",
         f"## All {NUM_RUNS} runs",
         f"## Mean curve of the {NUM_RUNS} runs",
-        f"All {len(CURVE)} points are in `mean_curve_of_{NUM_RUNS}_runs` in the JSON.",
+        f"All {len(CURVE)} points are in `mean_curve` in the JSON.",
         f"in the table of all {NUM_RUNS} runs has these final figures",
         f"{new_steps:,} steps instead of {old_steps:,}.",
         f"previous record of {PREVIOUS['date']}: {old_steps:,} steps, published mean train time"

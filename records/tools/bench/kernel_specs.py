@@ -4,6 +4,7 @@
     python records/tools/bench/kernel_specs.py medium short --gpu 90 120  and all that TorchInductor generates for these
                                                                           presets, for several GPUs; minutes for each
 
+Presets and a recipe's own kernels are those of the script that TRAIN_SCRIPT names, or of train_gpt_medium.py.
 No GPU is needed, but a C++ compiler: tensors are fake, and a stub of the driver says that there is one (fake_gpu.py).
 The trainer itself then compiles its model and its updates, at full size; every configuration counts that is compiled
 before a kernel's first launch. Coordinate descent tries others later, and passes over those that fail. Exits with
@@ -19,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -27,9 +28,12 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[3]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "data" / "preflight")]
 import fake_gpu  # noqa: E402
+import memory  # noqa: E402
 import train_gpt_medium as tgm  # noqa: E402
+
+script = memory.load_script()
 
 
 class CompiledKernel(NamedTuple):
@@ -68,6 +72,11 @@ def describe(phase: str, name: str, config: dict[str, Any], metadata, log: io.St
 # ----------------------------------------------------------------------------------------------------------------------
 # Hand-written kernels
 
+def by_hand() -> dict[str, ModuleType]:
+    """Where each kernel of the machine and of the script stands, by its name."""
+    return {name: module for module in (tgm, script) for name in dir(module) if name.endswith("_kernel")}
+
+
 def recorded_launches(gpu: SimpleNamespace) -> list[tuple[object, dict, dict]]:
     """(kernel, arguments by name, options) of every launch on `gpu` of a training and a validation step at full width.
 
@@ -88,26 +97,34 @@ def recorded_launches(gpu: SimpleNamespace) -> list[tuple[object, dict, dict]]:
                 launches.append((self.kernel, dict(zip(self.kernel.arg_names, args)) | kwargs, options))
             return launch
 
-    recorders = {name: Recorder(getattr(tgm, name)) for name in dir(tgm) if name.endswith("_kernel")}
     config = tgm.Config()
     C, V, T, hidden = config.model_dim, config.vocab_size, 256, config.mlp_factor * config.model_dim
     bf16 = torch.bfloat16
     x, post, fc = (torch.empty(shape, dtype=bf16) for shape in ((T, C), (T, hidden), (hidden, C)))
     logits, ids = torch.empty(T, -(-V // 128) * 128, dtype=bf16), torch.zeros(T, dtype=torch.int64)
-    with mock.patch.multiple(tgm, runs_kernels=runs_kernels, num_multiprocessors=lambda device: 132, **recorders):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.multiple(tgm, runs_kernels=runs_kernels, num_multiprocessors=lambda device: 132))
+        for name, module in by_hand().items():
+            stack.enter_context(mock.patch.object(module, name, Recorder(getattr(module, name))))
         tgm.mlp_up(x, fc)
-        tgm.mlp_down_grad(x, fc.mT.contiguous(), post)
+        for proj in (fc.mT.contiguous(), fc.mT):  # stored either way
+            tgm.mlp_down_grad(x, proj, post)
         tgm.cross_entropy(logits, ids, config.logit_softcap, True)
         tgm.cross_entropy(logits, ids, config.logit_softcap, False)
-        tgm.embedding_grad(x[None], ids.int(), V)
+        for num_rows in (V, logits.size(1)):
+            tgm.embedding_grad(x[None], ids.int(), num_rows)
         for K, x_scale in ((hidden, 0.0), (C, 1.0)):
             tgm.symmetric_product(torch.empty(1, C, K, dtype=bf16), 1.0, x_scale)
+        if hasattr(script, "mtp_cross_entropy"):
+            for fp8 in (True, False):
+                script.mtp_cross_entropy(logits, ids, torch.ones(3), fp8)
     return launches
 
 
 def signature_of(value) -> str:
     """Triton's name of an argument's type."""
-    types = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32"}
+    types = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
+             torch.float8_e5m2: "fp8e5"}
     if isinstance(value, Tensor):
         return f"*{types[value.dtype]}"
     if hasattr(value, "block_shape"):
@@ -115,13 +132,17 @@ def signature_of(value) -> str:
     return "fp32" if isinstance(value, float) else "i32"
 
 
-def compile_kernels(arch: str = "90") -> list[CompiledKernel]:
-    """Compile every recorded launch for a row of fake_gpu.GPUS. Raises ImportError without triton."""
+def compile_kernels(arch: str = "90", prefix: str = "") -> list[CompiledKernel]:
+    """Compile every recorded launch, of kernels whose names begin so, for a row of fake_gpu.GPUS.
+
+    Raises ImportError without triton.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     kernels = []
-    for kernel, arguments, options in recorded_launches(fake_gpu.GPUS[arch]):
+    launches = recorded_launches(fake_gpu.GPUS[arch])
+    for kernel, arguments, options in (row for row in launches if row[0].__name__.startswith(prefix)):
         constants = {p.name: arguments[p.name] for p in kernel.params if p.is_constexpr}
         signature = {name: "constexpr" if name in constants else signature_of(arguments[name])
                      for name in kernel.arg_names}
@@ -144,7 +165,7 @@ def compile_kernels(arch: str = "90") -> list[CompiledKernel]:
 def compiled(expression: str) -> list[CompiledKernel]:
     """The kernels that an expression gives in a new Python, which finds a GPU's driver. Raises UserError."""
     try:
-        rows = fake_gpu.run_with_driver("kernel_specs", expression, [str(Path(__file__).parent), str(ROOT)])
+        rows = fake_gpu.run_with_driver("kernel_specs", expression, [str(Path(__file__).parent), *sys.path[:2]])
     except RuntimeError as error:
         raise tgm.UserError(f"{error}\na kernel or graph does not compile, see above") from None
     return [CompiledKernel(*row) for row in rows]
@@ -229,7 +250,8 @@ def compile_generated(config: tgm.Config, arch: str = "90", world_sizes: tuple[i
         tgm.compile_model(model, whole=config.coordinate_descent_tuning)
         optimizer_of(1)  # parameters lie in its buffers: not all at multiples of 16 bytes
         found.phase = "training"
-        model(**inputs(config.piece_len)).backward()
+        for length in {config.pieces(stage)[1] for stage in config.stages}:
+            model(**inputs(length)).backward()
         found.phase = "validation"
         with torch.no_grad():
             model(**inputs(config.val_piece_len))
@@ -257,12 +279,12 @@ def format_table(kernels: Iterable[CompiledKernel]) -> str:
 
 def sum_up(arch: str, kernels: list[CompiledKernel]) -> str:
     """A GPU in one line: how many kernels, which spill or do not fit, what is left to torch."""
-    gpu, by_hand = fake_gpu.GPUS[arch], {name for name in dir(tgm) if name.endswith("_kernel")}
+    gpu = fake_gpu.GPUS[arch]
     limit = gpu.shared_memory_per_block_optin
     spills = Counter(re.sub(r"_\d+$", "", k.name) for k in kernels if k.spill_store_bytes or k.spill_load_bytes)
     worst = max((k.spill_store_bytes for k in kernels), default=0)
     too_large = [k.name for k in kernels if k.shared_bytes > limit]
-    left = sorted(by_hand - {k.name.split("(")[0] for k in kernels if k.phase == "hand-written"})
+    left = sorted(by_hand().keys() - {k.name.split("(")[0] for k in kernels if k.phase == "hand-written"})
     which = f", a thread at most {worst:,} bytes ({', '.join(f'{n} {name}' for name, n in spills.items())})"
     return (f"sm_{arch}, {gpu.name}: {len(kernels)} kernels compile, {len(too_large)} need more than {limit:,} bytes "
             f"of shared memory (the largest {max(k.shared_bytes for k in kernels):,}); {sum(spills.values())} spill"
@@ -285,12 +307,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--gpu", nargs="+", default=["90"], choices=fake_gpu.GPUS, help="compute capabilities")
     args = parser.parse_args(arguments)
     for preset in args.presets:
-        tgm.choose_config(tgm.PRESETS, [preset])
+        tgm.choose_config(script.PRESETS, [preset])
     found = {}
     for arch in args.gpu:
         found[arch] = compiled(f"compile_kernels({arch!r})")
         for preset in args.presets:
-            found[arch] += compiled(f"compile_generated(tgm.PRESETS[{preset!r}](), {arch!r})")
+            found[arch] += compiled(f"compile_generated(script.PRESETS[{preset!r}](), {arch!r})")
         print(f"{sum_up(arch, found[arch])}\n\n{format_table(found[arch])}\n", flush=True)
     for arch, kernels in found.items():
         refuse_too_large(kernels, arch)
