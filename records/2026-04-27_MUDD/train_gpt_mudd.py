@@ -60,7 +60,8 @@ class Config(Run):
     val_window: int = 27  # of the last validation
     max_short_window: int = 11
     smear_mtp: bool = False  # Smear-MTP before the head: not in the published recipe, and untried at its size
-    fp8_head: bool = True  # products of the head in FP8 while training
+    fused_head: bool = True  # GPT.loss by a kernel, in less memory; False: as GPT.loss is written
+    fp8_head: bool = True  # products of the fused head in FP8 while training
     dtype: torch.dtype = torch.bfloat16  # of weights, activations and Newton-Schulz; float32 in exact tests
     val_loss_chunks: int = 4  # the logits of a whole piece of validation do not fit
     # schedules
@@ -80,7 +81,8 @@ class Config(Run):
             (self.head_dim % 4 == 0 == self.num_heads % 2, "num_heads is not even, or head_dim not a multiple of 4"),
             (self.gate_channels <= self.model_dim, "gate_channels is more than the model has"),
             (self.val_piece_len % self.val_loss_chunks == 0, "val_loss_chunks does not divide val_seq_len's pieces"),
-            (not self.fp8_head or self.dtype == torch.bfloat16, "fp8_head needs dtype bfloat16"),
+            (not self.fp8_head or self.fused_head and self.dtype == torch.bfloat16,
+             "fp8_head needs fused_head and dtype bfloat16"),
             (all(stage.seq_len % self.window_unit == 0 for stage in self.stages),
              f"window_unit {self.window_unit} does not divide a stage's seq_len"),
             (self.late_layer < len(self.layers) - 1, f"late_layer {self.late_layer} is not before the last layer")]
@@ -322,10 +324,11 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The published model: gated value embeddings and skips, bigrams, late layers that attend from one latent, MUDD."""
     compiled_alone = ("forward",)  # which is all, in one graph
+    crosses_documents = "the input's smear, bigrams and shifted keys"
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config = config
+        self.config, self.largest_logit = config, CAP
         C, n, gate = config.model_dim, len(config.layers), config.gate_channels
         num_rows = -(-config.vocab_size // 128) * 128
 
@@ -363,15 +366,17 @@ class GPT(nn.Module):
         self.dense_biases = parameter(biases, config.dtype)
         if config.smear_mtp:
             self.smear_lambda = parameter(torch.tensor(0.0))
+        # Tables for every state of YaRN: computed in forward, they would be computed again in every layer's kernels.
         frequencies, scales = yarn_states(config)
-        self.register_buffer("frequencies", frequencies, persistent=False)
+        positions = torch.arange(max(config.piece_len, config.val_piece_len), dtype=torch.float32)
+        theta = positions[:, None, None] * frequencies[:, None, None]  # [n, max_len, 1, D / 2]
+        self.register_buffer("cos", theta.cos().to(config.dtype), persistent=False)
+        self.register_buffer("sin", theta.sin().to(config.dtype), persistent=False)
         self.register_buffer("attention_scales", scales, persistent=False)
 
     def rotary(self, T: int, yarn: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin, [T, 1, D / 2], rounded to the model's dtype."""
-        position = torch.arange(T, dtype=torch.float32, device=yarn.device)
-        theta = position[:, None, None] * self.frequencies[yarn[None]]  # a zero-dim index would be read by the host
-        return theta.cos().to(self.config.dtype), theta.sin().to(self.config.dtype)
+        """cos and sin, [T, 1, D / 2]. yarn: zero-dim; as an index of one dimension the host need not read it."""
+        return tuple(table[:, :T][yarn[None]].squeeze(0) for table in (self.cos, self.sin))
 
     def dense(self, n: int, x: Tensor) -> Tensor:
         """MUDD's module n: x [T, C] -> numbers for each token, [T, 2, 8]. MUDD is from [Xiao et al., 2025]."""
@@ -427,7 +432,7 @@ class GPT(nn.Module):
     def loss(self, latents: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """Sum, not mean, over tokens and over the next tokens k, of weights[k] times the cross-entropy, fp32, in nats.
 
-        Training computes it by MtpHead. All rows of the head count.
+        An edit of it needs fused_head = False, or training, by MtpHead, does not see it. All rows of the head count.
         """
         capped = cap((latents @ self.tied[:, 0].mT).float())
         log_sum, T = capped.logsumexp(-1), len(targets)
@@ -439,16 +444,22 @@ class GPT(nn.Module):
             loss = loss + weight * ((log_sum[:T - k] - target_capped).sum() + rest)
         return loss
 
+    def token_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Validation's: cross-entropy of logits [n, V], not yet capped, and targets [n], in nats (fp32), [n]."""
+        return F.cross_entropy(cap(logits.float()), targets, reduction="none")
+
     def forward(self, ids: Tensor, targets: Tensor, window_blocks: Tensor, yarn: Tensor, mtp_1: Tensor,
                 mtp_2: Tensor) -> Tensor:
         """In training the sum of weighted losses, else the mean cross-entropy, in nats (fp32). ids, targets: [T]."""
         latents = self.latents(ids, window_blocks, yarn)
-        one = torch.ones((), device=ids.device)
-        if torch.is_grad_enabled():
-            return MtpHead.apply(latents, self.tied[:, 0], targets, torch.stack((one, mtp_1, mtp_2)),
-                                 self.config.fp8_head)
-        chunks = self.config.val_loss_chunks
-        return sum(self.loss(y, t, one[None]) for y, t in zip(latents.chunk(chunks), targets.chunk(chunks))) / len(ids)
+        head, chunks = self.tied[:, 0], self.config.val_loss_chunks
+        if not torch.is_grad_enabled():
+            return sum(self.token_losses(y @ head.mT, t).sum()
+                       for y, t in zip(latents.chunk(chunks), targets.chunk(chunks))) / len(ids)
+        weights = torch.stack((torch.ones_like(mtp_1), mtp_1, mtp_2))
+        if not self.config.fused_head:
+            return self.loss(latents, targets, weights)
+        return MtpHead.apply(latents, head, targets, weights, self.config.fp8_head)
 
     def report(self) -> dict[str, float]:
         """The learned scalars that a validation line of the log shows."""

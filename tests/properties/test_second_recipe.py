@@ -1,4 +1,6 @@
 """The MUDD recipe on the machine: ranks, resuming, leaks, shards that it refuses, its log."""
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import combinations
 
@@ -8,8 +10,8 @@ import torch
 import run_log
 import train_gpt_medium as tgm
 import train_gpt_mudd as mudd
-from helpers import ALONE, CPU, assert_one_run, enter, random_ids, randomise, run_main, run_ranks, same, \
-    train_and_report, write_shard
+from helpers import ALONE, CPU, RECORDS, assert_one_run, enter, environment, random_ids, randomise, run_main, \
+    run_ranks, same, train_and_report, write_shard
 
 
 def small(**changes) -> mudd.Config:
@@ -50,7 +52,7 @@ def test_a_resumed_run_is_the_straight_one_bit_for_bit(tmp_path, monkeypatch):
     places = [shard.path.name for shard, _ in tgm.batch_places(tgm.find_shards(config)[0], config)]
     assert places[1] != places[-1]
     straight = run_main(ALONE, config)
-    logs = {*(tmp_path / "logs").iterdir()}
+    logs, (finished,) = {*(tmp_path / "logs").iterdir()}, (tmp_path / "checkpoints").iterdir()
     stopped = run_main(ALONE, config, stop_after=1)
     assert "SIGTERM ended the run after step 2." in stopped["ended"]
     folder, = (path for path in (tmp_path / "checkpoints").iterdir() if (path / "step_000002").exists())
@@ -63,6 +65,13 @@ def test_a_resumed_run_is_the_straight_one_bit_for_bit(tmp_path, monkeypatch):
     assert run.tokens.tolist() == [sum(map(config.batch_tokens, range(step))) for step in range(13)]
     assert run.validations[-1].extras["embed_smear_lambda"] != 0
     assert "window_blocks:23 yarn:3 mtp_1:0 mtp_2:0" in next(iter(logs)).read_text()
+
+    weights, settings = RECORDS / "tools" / "weights" / "weights.py", environment(TRAIN_SCRIPT=mudd.__file__)
+    answers = [subprocess.run([sys.executable, weights, *arguments], text=True, capture_output=True, env=settings)
+               for arguments in (["evaluate", finished, "--data", config.data_dir],
+                                 ["sample", finished, "--tokens", "2"])]
+    assert f"val_loss:{run.final_loss:.6f}" in answers[0].stdout, answers[0].stderr
+    assert answers[1].returncode == 0, answers[1].stderr
 
 
 @pytest.fixture
@@ -141,7 +150,7 @@ def test_too_few_shards_are_told_with_the_number_that_is_needed(tmp_path):
 
 @pytest.mark.parametrize("changes, sentence", [
     (dict(window_unit=96), "window_unit 96 does not divide a stage's seq_len"),
-    (dict(fp8_head=True), "fp8_head needs dtype bfloat16"), (dict(num_heads=3), "num_heads is not even"),
+    (dict(fp8_head=True), "fp8_head needs fused_head and dtype bfloat16"), (dict(num_heads=3), "num_heads is not even"),
     (dict(extension_steps=12), "extension_steps leaves no step"), (dict(late_layer=15), "late_layer 15"),
     (dict(checkpoint_every=3), "checkpoint_every 3 is not a multiple of 2")])
 def test_constants_that_cannot_work_are_refused(changes, sentence):

@@ -33,7 +33,7 @@ FOLDERS = ("", "data/preflight", "records/scale_up_1b")  # of what the stages im
 WRITE_SECONDS = 5
 SAMPLED = "clocks.sm,clocks.mem,power.draw,memory.used,temperature.gpu,utilization.gpu,clocks_event_reasons.active"
 KEPT_LINES = 60  # of a stage's output
-BEYOND = "NCCL on several GPUs; a whole `short` and `medium`; fetching from the real hub"  # what no stage shows
+BEYOND = "NCCL on several GPUs; a whole `short` and `medium`; MUDD; fetching from the real hub"  # what no stage shows
 FACTS = """
 import json, torch, triton
 print(json.dumps({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}))

@@ -9,7 +9,7 @@ import math
 import pickle
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 from unittest.mock import patch
@@ -74,26 +74,39 @@ def describe(steps: list[int], config: tgm.Config) -> str:
     return ", ".join(tgm.as_fields(config.model_inputs(step)) for step in steps)
 
 
+class Seen(NamedTuple):
+    """What a model hands to its loss operation, and the operation."""
+    logits: Tensor  # [T, V], not yet capped
+    losses: Callable[[Tensor, Tensor], Tensor]  # logits [n, V], targets [n] -> nats [n], fp32
+    largest: float  # bound of a capped logit
+
+
 @torch.no_grad()
-def record_logits(model: nn.Module, ids: Tensor, step: int) -> tuple[Tensor, float]:
-    """What the model hands to the loss operation at `step`: logits [T, V], not yet capped, and their cap.
+def record_logits(model: nn.Module, ids: Tensor, step: int) -> Seen:
+    """At `step`. The operation is the model's token_losses, if it has its own, or else the trainer's cross_entropy.
 
     ids: [T] integer; a position's target is the next id, as in validation. Raises UserError for another loss operation.
     """
-    calls, device = [], device_of(model)
+    calls, device, (owner, name) = [], device_of(model), (tgm, "cross_entropy")
+    if hasattr(model, "token_losses"):
+        owner, name = model, "token_losses"
+    operation = getattr(owner, name)
 
-    def record(logits: Tensor, targets: Tensor, softcap: float, with_grad: bool) -> Tensor:
+    def record(logits: Tensor, targets: Tensor, softcap: float = 0.0, with_grad: bool = False) -> Tensor:
         calls.append((logits, softcap))
         return logits.new_zeros(len(logits), dtype=torch.float32)
 
     config = model.config
     if hasattr(config, "fused_head"):  # which is given the logits that the loss as it is written begins with
         config = replace(config, fused_head=True)
-    with patch.object(tgm, "cross_entropy", record), patch.object(model, "config", config):
+    with patch.object(owner, name, record), patch.object(model, "config", config):
         model(ids.to(device), ids.roll(-1).long().to(device), **tgm.inputs_at(step, model.config, device))
     if not calls:
         raise tgm.UserError("the model's logits are not seen, since its loss is not the trainer's cross_entropy.")
-    return torch.cat([logits for logits, _ in calls]), calls[0][1]
+    logits, softcap = torch.cat([logits for logits, _ in calls]), calls[0][1]
+    if owner is model:
+        return Seen(logits, operation, model.largest_logit)
+    return Seen(logits, lambda z, targets: operation(z, targets, softcap, False), softcap)
 
 
 def changes_after(ids: Tensor, prefix: int, doc_token: int) -> Iterator[Tensor]:
@@ -115,11 +128,11 @@ def check_suffixes(model: nn.Module, ids: Tensor, steps: list[int]) -> Outcome:
     num_changes, leaks, idle = 0, [], []
     for step in steps:
         inputs = describe([step], model.config)
-        before, _ = record_logits(model, ids, step)
+        before = record_logits(model, ids, step).logits
         for prefix in (prefix for prefix in PREFIXES if prefix < len(ids)):
             for changed in changes_after(ids, prefix, model.config.doc_token):
                 num_changes += 1
-                moved = (record_logits(model, changed, step)[0] - before).abs().amax(1)
+                moved = (record_logits(model, changed, step).logits - before).abs().amax(1)
                 if moved[:prefix].any():
                     leaks.append(f"{inputs}, from token {prefix}: {int(moved[:prefix].count_nonzero())} earlier "
                                  f"positions, by up to {moved[:prefix].max():.2g}")
@@ -139,12 +152,15 @@ def check_documents(model: nn.Module, ids: Tensor, steps: list[int]) -> Outcome:
 
     Smear-MTP adds to each latent the one before it, also at a document's first token: the record's behaviour. That
     neighbour is an earlier token, so nothing leaks from the future; without it, or with its scalar at 0, not even the
-    first token may change. ids: [T] int32 on the CPU.
+    first token may change. Not asked of a model that names what else crosses. ids: [T] int32 on the CPU.
     """
+    if crossing := getattr(model, "crosses_documents", ""):
+        return Outcome("documents", None, f"{crossing} reach into later documents, as published")
+
     def moved(border: int, step: int) -> Tensor:
         changed = torch.where((torch.arange(len(ids)) < border) & (ids != model.config.doc_token),
                               (ids + 1) % model.config.doc_token, ids)
-        before, after = (record_logits(model, x, step)[0] for x in (ids, changed))
+        before, after = (record_logits(model, x, step).logits for x in (ids, changed))
         return (before != after).any(1).cpu()
 
     cases = [(border, step) for step in steps for border in BORDERS if 0 < border < len(ids)]
@@ -192,11 +208,11 @@ def check_probabilities(model: nn.Module, ids: Tensor, step: int) -> Outcome:
     """
     if not getattr(model.config, "fused_head", True):
         return Outcome("probabilities", None, "the script's own loss (fused_head = False) is not taken apart")
-    logits, softcap = record_logits(model, ids, step)
+    logits, token_losses, softcap = record_logits(model, ids, step)
     V, rows = logits.size(1), torch.cat((logits[[len(ids) // 2, -1]], torch.zeros_like(logits[:1])))
     sums = []
     for row in rows:
-        losses = [tgm.cross_entropy(row.expand(len(targets), V).contiguous(), targets, softcap, False)
+        losses = [token_losses(row.expand(len(targets), V).contiguous(), targets)
                   for targets in torch.arange(V, device=row.device).split(max(1, TARGETS_AT_ONCE // V))]
         sums.append(torch.cat(losses).double().neg().exp().sum().item())
     error, tolerance = max(abs(total - 1) for total in sums), probability_tolerance(softcap, V)

@@ -30,7 +30,7 @@ except ModuleNotFoundError as error:
     sys.exit(f"weights.py: {error.name} is not installed: pip install -r requirements.txt")
 SCRIPT = Path(recipe.__file__)
 # The machine: of an edited copy itself, of a thin script the one that it imports. `audit` gets it under this name, too.
-sys.modules["train_gpt_medium"] = sys.modules[recipe.start.__module__]
+sys.modules["train_gpt_medium"] = sys.modules[recipe.Run.__module__]
 import train_gpt_medium as tgm
 from torch import Tensor, nn
 
@@ -276,7 +276,8 @@ def find_vocabulary(config: tgm.Config) -> Vocabulary:
     return Vocabulary(encoding.encode_ordinary, encoding.decode)
 
 
-def next_probabilities(logits: Tensor, softcap: float, vocab_size: int, temperature: float) -> Tensor:
+def next_probabilities(logits: Tensor, token_losses: Callable[[Tensor, Tensor], Tensor], vocab_size: int,
+                       temperature: float) -> Tensor:
     """[vocab_size], fp64, of a row of logits [V], not yet capped; the padded rows, which stand for no id, are left out.
 
     The loss operation itself caps them: between z and 0, the losses of the two targets differ by the capped z.
@@ -286,7 +287,7 @@ def next_probabilities(logits: Tensor, softcap: float, vocab_size: int, temperat
     if temperature == 0:
         return nn.functional.one_hot(z.argmax(), len(z)).double()
     pairs, target = torch.stack((z, torch.zeros_like(z)), 1), torch.zeros(len(z), dtype=torch.int64, device=z.device)
-    loss_of_z, loss_of_zero = (tgm.cross_entropy(pairs, target + i, softcap, False).double() for i in range(2))
+    loss_of_z, loss_of_zero = (token_losses(pairs, target + i).double() for i in range(2))
     return ((loss_of_zero - loss_of_z) / temperature).softmax(0)
 
 
@@ -304,8 +305,8 @@ def sample_ids(model: nn.Module, step: int, prompt: list[int], num_tokens: int, 
         length = -(-(len(context) if audit.device_of(model) == CPU else final) // tgm.BLOCK_SIZE) * tgm.BLOCK_SIZE
         ids = torch.zeros(length, dtype=torch.int32)
         ids[:len(context)] = torch.tensor(context)
-        logits, softcap = audit.record_logits(model, ids, step)
-        chances = next_probabilities(logits[len(context) - 1].cpu(), softcap, config.vocab_size, temperature)
+        logits, token_losses, _ = audit.record_logits(model, ids, step)
+        chances = next_probabilities(logits[len(context) - 1].cpu(), token_losses, config.vocab_size, temperature)
         token = int(chances.multinomial(1, generator=rng))
         if token == config.doc_token:
             return
