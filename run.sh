@@ -136,7 +136,10 @@ case "${1:-}" in
     --python) set_up_python "${2:-requirements.txt}" ;;
     --check)
         python=$(set_up_python requirements.txt)
-        [ -z "${2:-}" ] || find_preset "$python" "$2"
+        # Of a script that cannot be read, the look itself says why.
+        if [ -z "${TRAIN_SCRIPT:-}" ] && "$python" data/preflight/preflight.py --presets >/dev/null 2>&1; then
+            find_preset "$python" "${2:-}"
+        fi
         exec "$python" data/preflight/preflight.py ${2:+"$2"} ;;
     --presets)
         python=$(set_up_python requirements.txt)

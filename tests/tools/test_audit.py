@@ -160,8 +160,8 @@ def test_later_tokens_in_sight_are_caught(model, ids, steps, monkeypatch, fault)
 def test_a_leak_in_one_window_is_caught(model, ids, steps, fewer_changes, monkeypatch):
     original = tgm.block_masks
     leaky = with_mask(lambda q, k: k == q + 1)
-    patch_trainer(monkeypatch, "block_masks", lambda ids, windows, doc_token: (
-        leaky if windows[0] == 4 else original)(ids, windows, doc_token))
+    patch_trainer(monkeypatch, "block_masks", lambda ids, windows, *rest: (
+        leaky if windows[0] == 4 else original)(ids, windows, *rest))
     assert audit.check_suffixes(model, ids, steps[:2]).passed
     assert "(window_blocks:4, from token 100: " in audit.check_suffixes(model, ids, steps).numbers
 
