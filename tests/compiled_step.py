@@ -214,12 +214,6 @@ def windows(*blocks: int) -> list[dict[str, torch.Tensor]]:
     return [{"window_blocks": helpers.as_window(n)} for n in blocks]
 
 
-def mudd_inputs(*rows: tuple) -> list[dict[str, torch.Tensor]]:
-    """Of window_blocks, yarn and the weights of the two further targets."""
-    return [dict(zip(("window_blocks", "yarn", "mtp_1", "mtp_2"),
-                     (*map(helpers.as_window, row[:2]), *map(torch.tensor, row[2:])))) for row in rows]
-
-
 def weights(bank: tgm.Bank) -> torch.Tensor:
     """In fp32, with the lower bits where there are some; a copy."""
     return (tgm.read_weights(bank.shard, bank.state["mantissa"]) if "mantissa" in bank.state else bank.shard).clone()

