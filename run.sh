@@ -83,9 +83,9 @@ set_up_python() {
 
 # Sets `presets`, the script's, a line each, with gpu or cpu; and, where preset $2 is another recipe's, that as the script.
 find_preset() {
-    local python=$1 preset=$2 recipe
+    local python=$1 preset=$2 recipe known=
     for recipe in "$script" records/*/train_gpt_*.py; do
-        presets=$(TRAIN_SCRIPT=$(realpath "$recipe") "$python" data/preflight/preflight.py --presets | cut -f 1,2)
+        presets=$(TRAIN_SCRIPT=$(realpath "$recipe") "$python" data/preflight/preflight.py --presets | cut -f 1,2) || return
         if [ -z "$preset" ] || cut -f 1 <<<"$presets" | grep -qx -- "$preset"; then
             script=$recipe
             export TRAIN_SCRIPT=$(realpath "$recipe")
@@ -137,9 +137,7 @@ case "${1:-}" in
     --check)
         python=$(set_up_python requirements.txt)
         # Of a script that cannot be read, the look itself says why.
-        if [ -z "${TRAIN_SCRIPT:-}" ] && "$python" data/preflight/preflight.py --presets >/dev/null 2>&1; then
-            find_preset "$python" "${2:-}"
-        fi
+        [ -z "${2:-}" ] || [ -n "${TRAIN_SCRIPT:-}" ] || find_preset "$python" "$2" || true
         exec "$python" data/preflight/preflight.py ${2:+"$2"} ;;
     --presets)
         python=$(set_up_python requirements.txt)

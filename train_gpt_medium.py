@@ -1142,7 +1142,7 @@ class Optimizer:
     def step(self, step: int) -> None:
         """Update the groups due at step number `step` (from 0) from their gradients, and drop these."""
         due = [row for row in self.groups if (step + 1) % row[0].every == 0]
-        sent = [bank for bank in self.banks.values() if any(bank in banks for *_, banks in due)]
+        sent = [bank for *_, banks in due for bank in banks]
         for bank in sent:
             bank.send_grads()
         if self.config.clip_norm is not None:

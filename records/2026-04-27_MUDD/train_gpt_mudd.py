@@ -392,7 +392,7 @@ class GPT(nn.Module):
         rotary, scale = self.rotary(len(ids), yarn), self.attention_scales[yarn[None]].squeeze(0)
         e, x02, *value_embeds = look_up(ids, self.tied[:, 1][None], self.embeds)
         smear_gate = self.embed_smear_lambda * torch.sigmoid(e[1:, :gate] @ self.embed_smear_gate)
-        x0 = norm(torch.cat((e[:1], e[1:] + smear_gate[:, None] * e[:-1])))
+        x0 = norm(tgm.smear(e, smear_gate[:, None]))
         x02 = norm(x02)
         xb, = look_up(bigram_ids(ids, config.bigram_rows), self.bigram_embed[None])
         x, outputs, skips = x0, [], iter(zip(self.skip_lambdas, self.skip_gates))
