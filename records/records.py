@@ -22,10 +22,8 @@ try:
     import new
     import power
     import report
-    import serve
     from inference import ALPHA, POOLED_SIGMA, POWER, TARGET
     from run_log import RecordError
-    from tables import format_json
 except ModuleNotFoundError as error:
     sys.exit(f"records.py: {error.name} is not installed: pip install -r records/tools/requirements.txt")
 
@@ -34,13 +32,6 @@ def add_command(commands, name: str, run, help: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
     parser.set_defaults(run=run)
     return parser
-
-
-def plot_figures(args) -> None:
-    from plot import draw  # loads matplotlib, which the other commands can do without
-    first = args.paths[0]
-    written = draw(args.paths, args.out or (first if first.is_dir() else first.parent) / "figures")
-    print(format_json({"figures": [str(path) for path in written]}) if args.json else "\n".join(map(str, written)))
 
 
 def parse(argv):
@@ -60,8 +51,7 @@ def parse(argv):
     comparing.add_argument("a", type=Path, metavar="A", help="a log, or a folder of logs: the baseline")
     comparing.add_argument("b", type=Path, metavar="B")
 
-    following = add_command(commands, "follow", lambda args: serve.serve(
-        args.log, args.reference, args.port, args.json) if args.serve else follow.follow(
+    following = add_command(commands, "follow", lambda args: follow.follow(
         args.log, args.reference, args.once, args.every, args.patience, args.json),
         "hold a live or finished log against reference runs; exit status 1 if it leaves their band")
     following.add_argument("log", type=Path)
@@ -72,19 +62,10 @@ def parse(argv):
     following.add_argument("--patience", type=float, default=600.0,
                            help="seconds without growth after which to stop (%(default)s)")
 
-    following.add_argument("--serve", action="store_true",
-                           help="show its report to this machine's browsers, refreshed as the log grows, until Ctrl-C")
-    following.add_argument("--port", type=int, default=0, help="with --serve (default: a free one)")
-
     reporting = add_command(commands, "report", lambda args: report.report(args.path, args.out, args.json),
                             "write one HTML file that opens offline: claim, curves, tables, what check found")
     reporting.add_argument("path", type=Path, metavar="FOLDER", help="a record's folder, a folder of logs, or a log")
     reporting.add_argument("--out", type=Path, help="the file (default: logs/FOLDER.html; LOG.html beside a log)")
-
-    plotting = add_command(commands, "plot", plot_figures, "draw loss, ms/step, lambdas and final losses as PNG files")
-    plotting.add_argument("paths", type=Path, nargs="+", metavar="RUNS",
-                      help="a log, a folder of logs, or published figures; others are compared with the first")
-    plotting.add_argument("--out", type=Path, help="folder for the figures (default: figures/ in the first folder)")
 
     add_planning_commands(commands)
     for command in commands.choices.values():
@@ -116,7 +97,7 @@ def add_planning_commands(commands) -> None:
 
     filing = add_command(commands, "new", lambda args: new.new(
         args.name, args.date, args.logs, args.baseline, args.what, args.json, experiment=args.experiment),
-        "make records/DATE_NAME from finished logs, with tables and figures; refresh the leaderboard; check")
+        "make records/DATE_NAME from finished logs, with tables and a report; refresh the leaderboard; check")
     filing.add_argument("name", metavar="NAME")
     filing.add_argument("--logs", type=Path, nargs="+", required=True, help="logs or folders: all runs")
     filing.add_argument("--baseline", type=Path, nargs="+", default=[], help="logs or folders of the baseline")

@@ -1,4 +1,4 @@
-"""`new`: a record's folder from finished logs - copies, tables, figures, check - so that no number is typed by hand."""
+"""`new`: a record's folder from finished logs - copies, tables, report, check - so that no number is typed by hand."""
 import datetime
 import gzip
 import re
@@ -17,9 +17,6 @@ from tables import format_markdown, write_text
 RECORDS = Path(__file__).resolve().parents[1]
 LEADERBOARD = ["date", "name", "mean loss +- std (nats/token)", "mean train time (s)", "n (runs)", "hardware", "torch",
                "folder", "status"]
-CAPTIONS = {"loss": "Validation loss against steps and time",
-            "step_time": "Time per step, and the attention window where the logs state it",
-            "lambdas": "Learned scalars", "final_losses": "Final losses against the target"}
 
 
 def is_date(text: str) -> bool:
@@ -65,8 +62,8 @@ def runs_table(runs: list[Run]) -> str:
                             for i, run in enumerate(runs, 1)])
 
 
-def write_readme(folder: Path, title: str, what: str, figures: list[Path]) -> None:
-    """The README of a folder whose logs and figures are in place; every number is computed from the logs."""
+def write_readme(folder: Path, title: str, what: str) -> None:
+    """The README of a folder whose logs are in place; every number is computed from the logs."""
     record = check.read_folder(folder)
     runs = record.counted
     statistics = check.statistics_rows(record, check.describe_statistics(record, check.Limits()))
@@ -85,8 +82,7 @@ def write_readme(folder: Path, title: str, what: str, figures: list[Path]) -> No
     if record.failed:
         rows = [[run.name[:8], f"{run.last_step:,} of {run.num_iterations:,}"] for run in record.failed]
         parts.append("## Runs that did not finish\n\n" + format_markdown(["log", "last step"], rows))
-    parts.append("## Figures\n\n" + "\n\n".join(f"![{CAPTIONS[path.stem]}](figures/{path.name})" for path in figures)
-                 if figures else "Every curve and table: [report.html](report.html), to be opened in a browser.")
+    parts.append("Every curve and table: [report.html](report.html), to be opened in a browser.")
     write_text(folder / "README.md", "\n\n".join(parts) + "\n")
 
 
@@ -131,7 +127,6 @@ def new(name: str, date: str, logs: list[Path], baseline: list[Path], what: str,
     experiment: makes records/experiments/DATE_NAME instead, which the leaderboard does not list. Raises RecordError,
     and leaves nothing behind, if a log is damaged or no log is finished.
     """
-    from plot import draw  # loads matplotlib
     if not is_date(date) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise RecordError(f"{date}_{name} is no name of a record: give a date YYYY-MM-DD and letters, digits, - or _.")
     folder = records / (check.EXPERIMENTS if experiment else "") / f"{date}_{name}"
@@ -141,11 +136,9 @@ def new(name: str, date: str, logs: list[Path], baseline: list[Path], what: str,
     try:
         if not copy_logs(logs, folder, folder / "failed"):
             raise RecordError("none of the logs is finished: a record needs finished runs.")
-        has_baseline = bool(copy_logs(baseline, folder / "baseline", folder / "failed"))
-        sides = [folder / "baseline", folder] if has_baseline else [folder]
-        write_readme(folder, f"{date} {name}", what, [] if experiment else draw(sides, folder / "figures"))
-        if experiment:
-            write_text(folder / "report.html", page_of(folder))
+        copy_logs(baseline, folder / "baseline", folder / "failed")
+        write_readme(folder, f"{date} {name}", what)
+        write_text(folder / "report.html", page_of(folder))
     except BaseException:
         shutil.rmtree(folder)
         raise

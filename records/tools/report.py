@@ -340,18 +340,17 @@ def read_parts() -> dict[str, str]:
             for part, files in names.items()}
 
 
-def policy(parts: dict[str, str], connect: str) -> str:
-    """A content security policy: this style and this script alone, no request but to `connect`."""
+def policy(parts: dict[str, str]) -> str:
+    """A content security policy: this style and this script alone, and no request."""
     digests = (base64.b64encode(hashlib.sha256(parts[name].encode()).digest()).decode() for name in ("style", "script"))
     return ("default-src 'none'; style-src 'sha256-{}'; script-src 'sha256-{}'; img-src data:; base-uri 'none'; "
-            "form-action 'none'; connect-src {}").format(*digests, connect)
+            "form-action 'none'").format(*digests)
 
 
-def render(data: dict, parts: dict[str, str], live: bool = False) -> str:
-    """The page. `live`: it asks for data.json again and again."""
-    json = format_json(data | {"live": live}, indent=None).replace("<", "\\u003c")  # which no parser of HTML ends early
+def render(data: dict, parts: dict[str, str]) -> str:
+    json = format_json(data, indent=None).replace("<", "\\u003c")  # which no parser of HTML ends early
     values = parts | {"title": html.escape(data["title"]), "headline": html.escape(data["headline"]), "data": json,
-                      "policy": html.escape(policy(parts, "'self'" if live else "'none'"))}
+                      "policy": html.escape(policy(parts))}
     return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], parts["page"])
 
 

@@ -154,7 +154,7 @@ def test_the_readme_lists_the_rules_and_shows_real_output(capsys):
         assert f"$ python records/records.py {' '.join(command)}\n{shown}\n" in text
 
 
-@pytest.mark.parametrize("command", ["", "check", "compare", "follow", "plot", "power", "campaign", "new"])
+@pytest.mark.parametrize("command", ["", "check", "compare", "follow", "report", "power", "campaign", "new"])
 def test_every_command_has_help(capsys, command):
     with pytest.raises(SystemExit) as stop:
         records.main([*command.split(), "--help"])

@@ -1,10 +1,9 @@
 "use strict";
 (() => {
-let data = JSON.parse(document.getElementById("data").textContent);
+const data = JSON.parse(document.getElementById("data").textContent);
 const hidden = new Set();  // keys of the lines that are not shown
 const choice = {x: "step", y: "loss"};
-const EARLY = {loss: 0.05, difference: 0.25};  // of the run: left out at first, as in the figures of `plot`
-const NARROW = 600;  // pixels
+const EARLY = {loss: 0.05, difference: 0.25};  // of the run: left out at first
 const byId = id => document.getElementById(id);
 const grouped = value => value.toLocaleString("en-US", {maximumFractionDigits: 3});
 const last = values => values[values.length - 1];
@@ -15,7 +14,7 @@ const css = name => getComputedStyle(document.documentElement).getPropertyValue(
 function make(tag, properties = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(properties))
-    name in node && name !== "role" ? node[name] = value : node.setAttribute(name, value);
+    name in node ? node[name] = value : node.setAttribute(name, value);
   node.append(...children);
   return node;
 }
@@ -35,7 +34,7 @@ function decimalsOf(values) {
 // Lines: one for each run, one for each group's mean
 
 const keyOf = (g, run) => `${g} ${run.name}`;
-const curves = () => data.groups.flatMap(group => [group.mean, ...group.runs]).filter(Boolean);
+const curves = data.groups.flatMap(group => [group.mean, ...group.runs]).filter(Boolean);
 
 function nameOf(group, r) {
   const name = group.runs[r].name.replace(/^([0-9a-f]{8})-[0-9a-f-]{27}$/, "$1");  // of a run id, its beginning
@@ -125,190 +124,77 @@ function finalLines() {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// A chart: zoom, read-out and keyboard around uPlot
+// A chart: what uPlot draws, with its zoom and cursor, and a line of text for the point under the cursor
 
 class Chart {
-  /** spec: title(), lines(), x() names the axis; early() is the share of it that is left out at first. */
+  /** spec: title(), lines(), x() names the axis; early() is the share of it that is left out at first; the rest is
+      optional: marks() on the x axis to make room for, pad, the share of margins, yRange, height, y for the y axis,
+      paint(u) on top. */
   constructor(host, spec) {
-    this.spec = {early: () => 0, x: () => "step", marks: () => [], axis: () => ({}), pad: 0, ...spec};
-    this.range = null;  // of x, if zoomed
-    this.chosen = null;  // {key, x} of the point that is read out
+    this.spec = {early: () => 0, x: () => "step", marks: () => [], pad: 0, height: 400, y: {}, paint: () => {},
+                 ...spec};
     this.caption = make("figcaption");
     this.out = make("output");
-    this.plot = make("div", {className: "plot", tabIndex: 0, role: "group", "aria-roledescription": "chart",
-                             "aria-describedby": "keys"});
+    this.plot = make("div", {className: "plot"});
     host.replaceChildren(make("figure", {className: "chart"}, this.caption, this.out, this.plot));
-    this.plot.addEventListener("keydown", event => this.onKey(event));
-    new ResizeObserver(() => this.u && this.size().width !== this.u.width && this.u.setSize(this.size()))
-      .observe(this.plot);
+    new ResizeObserver(() => this.u && this.u.setSize(this.size())).observe(this.plot);
   }
 
-  size() {
-    const width = Math.max(this.plot.clientWidth, 200);
-    return {width, height: this.spec.height ? this.spec.height() : width < NARROW ? 300 : 400};
-  }
+  size() { return {width: Math.max(this.plot.clientWidth, 200), height: this.spec.height}; }
 
-  /** From the data as they are now; zoom and chosen point stay. */
   draw() {
     this.lines = this.spec.lines();
     if (this.u) this.u.destroy();
     this.u = null;
+    this.out.replaceChildren();
     this.caption.textContent = this.spec.title();
-    this.plot.setAttribute("aria-label", `${this.spec.title()}, against ${this.spec.x()}. ${this.lines.length} lines.`);
     if (!this.lines.length) return;
     const ends = [...this.lines.flatMap(line => [line.x[0], last(line.x)]), ...this.spec.marks()];
-    const [low, high] = [Math.min(...ends), Math.max(...ends)], pad = low < high ? this.spec.pad * (high - low) : 0.5;
-    this.whole = [low - pad, high + pad];
-    const start = low + this.spec.early() * (high - low);
-    this.home = start > low ? [start, this.whole[1]] : this.whole;
-    this.u = new uPlot(this.options(), uPlot.join(this.lines.map(line => [line.x, line.y])), this.plot);
-    this.marker = make("div", {className: "marker", hidden: true});
-    this.u.over.append(this.marker);
-    this.u.over.addEventListener("mousemove", event => this.chooseNearest(event));
-    this.u.over.addEventListener("mouseleave", () => this.u.setSeries(null, {focus: true}));
-    this.setRange(this.range);
+    const [low, high] = [Math.min(...ends), Math.max(...ends)], pad = low === high ? 0.5 : this.spec.pad * (high - low);
+    // A line without points widens the axis: to the marks, and by a margin.
+    const points = uPlot.join([[[low - pad, high + pad], [null, null]], ...this.lines.map(line => [line.x, line.y])]);
+    this.u = new uPlot(this.options(), points, this.plot);
+    if (this.spec.early()) this.u.setScale("x", {min: low + this.spec.early() * (high - low), max: high});
   }
 
   options() {
-    const font = "12px system-ui, sans-serif";
-    const axis = {stroke: css("--soft"), font, labelFont: font, grid: {stroke: css("--grid"), width: 1},
-                  ticks: {stroke: css("--grid"), size: 5}};
-    const numbers = (u, splits, i, space, step) => {
+    const numbers = (u, splits, i, space, step) => {  // uPlot's own have three decimals at most
       const digits = decimalsOf([+step.toPrecision(3)]);
       const format = {minimumFractionDigits: digits, maximumFractionDigits: digits};
       return splits.map(value => value.toLocaleString("en-US", format));
     };
-    // The last label of the x axis is centred on its tick, which may stand at the plot's edge.
-    const right = u => Math.max(14, 4 * (last(u.axes[0]._values || []) || "").length);
-    const wide = (u, values) => values ? 18 + 7 * Math.max(...values.map(value => value.length)) : 50;
+    const font = "12px system-ui, sans-serif";
+    const axis = {stroke: css("--soft"), font, labelFont: font, grid: {stroke: css("--grid"), width: 1},
+                  ticks: {stroke: css("--grid"), size: 5}, values: numbers};
+    const distance = (u, s, i, top, cursorTop) => Math.hypot(
+      u.valToPos(u.data[0][i], "x") - u.cursor.left, top - cursorTop);
+    const {paint, stepped, x, y, yRange} = this.spec;
     return {
-      ...this.size(), legend: {show: false}, focus: {alpha: 0.3}, padding: [8, right, 0, 0],
-      cursor: {points: {show: false}, drag: {x: true, y: false},
-               bind: {dblclick: () => () => { this.setRange(null); return null; }}},
-      scales: {x: {time: false, range: (u, min, max) => this.clamp(min, max)},
-               y: {range: (u, min, max) => this.spec.yRange ? this.spec.yRange()
-                   : min === null ? [0, 1] : uPlot.rangeNum(min, max, 0.06, false)}},
-      axes: [{...axis, label: this.spec.x(), labelSize: 20, size: 32, values: numbers},
-             {...axis, size: wide, values: numbers, ...this.spec.axis()}],
-      series: [{}, ...this.lines.map(line => ({
+      ...this.size(), legend: {show: false}, focus: {alpha: 0.3}, padding: [8, 24, 0, 0],
+      cursor: {y: false, points: {one: true, size: 10}, focus: {prox: 1e6, dist: distance}},
+      scales: {x: {time: false}, y: yRange ? {range: yRange} : {}},
+      axes: [{...axis, label: x(), labelSize: 20, size: 32}, {...axis, size: 64, ...y}],
+      series: [{}, {show: false}, ...this.lines.map(line => ({
         stroke: css(inkOf(line.g)) + line.alpha, width: line.width, show: !hidden.has(line.key), spanGaps: true,
-        paths: line.isMean && this.spec.stepped ? uPlot.paths.stepped({align: 1}) : undefined,
+        paths: line.isMean && stepped ? uPlot.paths.stepped({align: 1}) : undefined,
         points: {show: line.x.length === 1, size: line.size || 6, fill: css(inkOf(line.g)) + line.alpha}
       }))],
-      hooks: {setScale: [u => { if (this.u === u) this.keep(u.scales.x.min, u.scales.x.max); }],
-              draw: [() => this.place(), ...(this.spec.paint ? [this.spec.paint] : [])]}};
+      hooks: {draw: [paint], setSeries: [(u, i, {focus}) => focus && this.read(u, i)],
+              setCursor: [u => this.read(u, this.focused)]}};
   }
 
-  clamp(min, max) {
-    const [low, high] = this.whole, least = (high - low) / 2000;
-    if (max - min < least) [min, max] = [(min + max - least) / 2, (min + max + least) / 2];
-    return [Math.max(min, low), Math.min(max, high)];
-  }
-
-  keep(min, max) { this.range = min === this.home[0] && max === this.home[1] ? null : [min, max]; }
-
-  setRange(range) {
-    const [min, max] = this.clamp(...(range || this.home));
-    this.keep(min, max);
-    if (this.u) this.u.setScale("x", {min, max});
-  }
-
-  view() { return this.range || this.home; }
-
-  zoom(factor) {
-    const [min, max] = this.view(), point = this.point();
-    const middle = point && point.x >= min && point.x <= max ? point.x : (min + max) / 2;
-    const width = Math.min((max - min) * factor, this.whole[1] - this.whole[0]);
-    this.shift(middle - (middle - min) / (max - min) * width, width);
-  }
-
-  move(share) {
-    const [min, max] = this.view();
-    this.shift(min + share * (max - min), max - min);
-  }
-
-  shift(min, width) {
-    min = Math.min(Math.max(min, this.whole[0]), this.whole[1] - width);
-    this.setRange([min, min + width]);
+  /** Reads out the point of series i, the nearest to the cursor. */
+  read(u, i) {
+    this.focused = i;
+    const at = i && u.cursor.idxs[i], line = this.lines[i - 2];
+    if (at === null || !line) return;
+    this.out.replaceChildren(swatch(line.g), `${line.label} \u2014 ${line.tell(line.x.indexOf(u.data[0][at]))}`);
   }
 
   /** Shows the lines that are not hidden. */
   update() {
-    if (!this.u) return;
-    this.u.batch(() => this.lines.forEach((line, i) => {
-      if (this.u.series[i + 1].show === hidden.has(line.key)) this.u.setSeries(i + 1, {show: !hidden.has(line.key)});
-    }));
-    if (this.chosen && !this.point()) this.choose(null);
-  }
-
-  shown() { return this.lines.filter(line => !hidden.has(line.key)); }
-
-  /** The chosen point, or null if its line is hidden or gone. */
-  point() {
-    const {key, x} = this.chosen || {}, line = this.shown().find(found => found.key === key && found.x.includes(x));
-    return line ? {line, i: line.x.indexOf(x), x, y: line.y[line.x.indexOf(x)]} : null;
-  }
-
-  choose(line, i) {
-    this.chosen = line && {key: line.key, x: line.x[i]};
-    this.u.setSeries(line ? this.lines.indexOf(line) + 1 : null, {focus: true});
-    this.out.replaceChildren(...(line ? [swatch(line.g), `${line.label} \u2014 ${line.tell(i)}`] : []));
-    const [min, max] = this.view();
-    if (line && (line.x[i] < min || line.x[i] > max)) this.shift(line.x[i] - (max - min) / 2, max - min);
-    this.place();
-  }
-
-  chooseNearest(event) {
-    const {x: {min, max}, y: {min: low, max: high}} = this.u.scales, box = this.u.over.getBoundingClientRect();
-    let nearest = Infinity, found = null;
-    for (const line of this.shown()) {
-      for (let i = 0; i < line.x.length; i++) {
-        if (line.x[i] < min || line.x[i] > max) continue;
-        const dx = (line.x[i] - min) / (max - min) * box.width - (event.clientX - box.left);
-        const dy = (high - line.y[i]) / (high - low) * box.height - (event.clientY - box.top);
-        if (dx * dx + dy * dy < nearest) [nearest, found] = [dx * dx + dy * dy, [line, i]];
-      }
-    }
-    if (found) this.choose(...found);
-  }
-
-  place() {
-    const point = this.u && this.point();
-    if (!this.marker) return;
-    this.marker.hidden = !point || point.x < this.u.scales.x.min || point.x > this.u.scales.x.max;
-    if (!point) return;
-    this.marker.style.left = `${this.u.valToPos(point.x, "x")}px`;
-    this.marker.style.top = `${this.u.valToPos(point.y, "y")}px`;
-  }
-
-  /** The next point of the chosen line; at first, the first or last in view of the last line. */
-  along(by) {
-    const point = this.point(), line = point ? point.line : last(this.shown());
-    if (!line) return;
-    const inView = line.x.map((_, i) => i).filter(i => line.x[i] >= this.view()[0] && line.x[i] <= this.view()[1]);
-    const i = point ? point.i + by : by > 0 ? inView[0] || 0 : inView.length ? last(inView) : 0;
-    this.choose(line, Math.min(Math.max(i, 0), line.x.length - 1));
-  }
-
-  /** The next line, at the point nearest in x. */
-  across(by) {
-    const point = this.point(), shown = this.shown();
-    if (!point) return this.along(-1);
-    const line = shown[(shown.indexOf(point.line) + by + shown.length) % shown.length];
-    const gap = i => Math.abs(line.x[i] - point.x);
-    this.choose(line, line.x.reduce((best, _, i) => gap(i) < gap(best) ? i : best, 0));
-  }
-
-  onKey(event) {
-    if (event.ctrlKey || event.metaKey || event.altKey || !this.u) return;
-    const sideways = by => event.shiftKey ? this.move(0.25 * by) : this.along(by);
-    const actions = {"+": () => this.zoom(0.5), "=": () => this.zoom(0.5), "-": () => this.zoom(2),
-                     "0": () => this.setRange(null), Escape: () => this.choose(null),
-                     ArrowUp: () => this.across(1), ArrowDown: () => this.across(-1),
-                     ArrowLeft: () => sideways(-1), ArrowRight: () => sideways(1)};
-    if (!(event.key in actions)) return;
-    event.preventDefault();
-    actions[event.key]();
+    const show = (line, i) => this.u.setSeries(i + 2, {show: !hidden.has(line.key)});
+    if (this.u) this.u.batch(() => this.lines.forEach(show));
   }
 }
 
@@ -332,43 +218,31 @@ function paintTarget(u) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Legend, tables, texts
 
-function checkbox(key) {
-  const box = make("input", {type: "checkbox", checked: !hidden.has(key)});
-  box.dataset.key = key;
-  box.addEventListener("change", () => toggle([box]));
-  return box;
+const boxes = [];  // pairs: a checkbox, the keys of the lines that it stands for
+
+function checkbox(keys, ...words) {
+  const box = make("input", {type: "checkbox", checked: true});
+  boxes.push([box, keys]);
+  box.addEventListener("change", () => {
+    keys.forEach(key => box.checked ? hidden.delete(key) : hidden.add(key));
+    boxes.forEach(([other, its]) => { other.checked = its.some(key => !hidden.has(key)); });
+    charts.forEach(chart => chart.update());
+  });
+  return make("label", {}, box, ...words);
 }
 
-/** Hides and shows what the boxes stand for. */
-function toggle(boxes) {
-  boxes.forEach(box => box.checked ? hidden.delete(box.dataset.key) : hidden.add(box.dataset.key));
-  charts.forEach(chart => chart.update());
-}
-
+/** Of every group its mean, all its runs together, and each run with its last loss. */
 function legend() {
   byId("legend").replaceChildren(...data.groups.map((group, g) => {
-    const head = make("div", {className: "group-head"}, make("strong", {}, swatch(g), group.label));
-    if (group.mean) head.append(make("label", {}, checkbox(`${g} mean`), "mean"));
-    const boxes = group.runs.map(run => checkbox(keyOf(g, run)));
-    if (!boxes.length) return make("div", {className: "group"}, head);
-    const all = make("input", {type: "checkbox"});
-    const refresh = () => {
-      const shown = boxes.filter(box => box.checked).length;
-      all.checked = shown > 0;
-      all.indeterminate = shown > 0 && shown < boxes.length;
-    };
-    all.addEventListener("change", () => {
-      boxes.forEach(box => { box.checked = all.checked; });
-      toggle(boxes);
-    });
-    boxes.forEach(box => box.addEventListener("change", refresh));
-    refresh();
-    head.append(make("label", {}, all, boxes.length === 1 ? "1 run" : `${boxes.length} runs`));
-    const runs = group.runs.map((run, r) => make("label", {title: run.name}, boxes[r], `${r + 1}`, make(
+    const keys = group.runs.map(run => keyOf(g, run));
+    const runs = group.runs.map((run, r) => checkbox([keys[r]], `${r + 1}`, make(
       "span", {className: "value"}, run.loss.length ? last(run.loss).toFixed(decimalsOf(run.loss)) : "no loss")));
-    const summary = make("summary", {className: "plain"}, "each run, with its last loss");
-    return make("div", {className: "group"}, head,
-      make("details", {open: boxes.length < 9}, summary, make("div", {className: "group-runs"}, ...runs)));
+    return make("div", {className: "group"},
+      make("div", {className: "group-head"}, make("strong", {}, swatch(g), group.label),
+        ...(group.mean ? [checkbox([`${g} mean`], "mean")] : []),
+        checkbox(keys, keys.length === 1 ? "1 run" : `${keys.length} runs`)),
+      make("details", {open: runs.length < 9}, make("summary", {className: "plain"}, "each run, with its last loss"),
+        make("div", {className: "group-runs"}, ...runs)));
   }));
 }
 
@@ -428,74 +302,38 @@ const lossChart = new Chart(byId("loss-chart"), {
   title: () => choice.y === "loss" ? "Validation loss (nats/token)" : "Difference of the loss (0.001 nats/token)",
   x: () => choice.x === "step" ? "step" : "training time (min)",
   lines: lossLines, early: () => EARLY[choice.y]});
-const counting = () => data.groups.filter(group => group.final).length;
+const counting = data.groups.filter(group => group.final).length;
 const finalChart = new Chart(byId("final-chart"), {
   title: () => "A dot is a run; below, their mean with its 95% interval", x: () => "final validation loss (nats/token)",
-  lines: finalLines, pad: 0.04, height: () => 75 + 85 * counting(),
-  marks: () => data.target === null ? [] : [data.target], paint: paintTarget, yRange: () => [0.6 - counting(), 0.75],
-  axis: () => ({splits: () => data.groups.map((_, g) => -g), grid: {show: false}, ticks: {show: false},
-                values: (u, splits) => splits.map(g => data.groups[-g].final ? data.groups[-g].label : "")})});
+  lines: finalLines, pad: 0.04, height: 75 + 85 * counting, marks: () => data.target === null ? [] : [data.target],
+  paint: paintTarget, yRange: [0.6 - counting, 0.75],
+  y: {splits: () => data.groups.map((_, g) => -g), grid: {show: false}, ticks: {show: false},
+      values: (u, splits) => splits.map(g => data.groups[-g].final ? data.groups[-g].label : "")}});
 const stepChart = new Chart(byId("step-chart"), {
   title: () => "Milliseconds per step; the mean is taken between validations", lines: stepTimeLines, stepped: true});
-let charts = [lossChart, finalChart, stepChart], names = "";
 
 /** One small chart for each scalar and each field of the step lines. */
-function multiples() {
-  const found = [...new Set(curves().flatMap(
-    curve => [...Object.keys(curve.scalars), ...Object.keys(curve.fields || {})]))];
-  byId("scalars").hidden = !found.length;
-  if (names === found.join()) return;
-  names = found.join();
-  const hosts = found.map(() => make("div"));
-  document.querySelector(".multiples").replaceChildren(...hosts);
-  charts = [lossChart, finalChart, stepChart, ...found.map((name, i) => new Chart(hosts[i], {
-    title: () => name, lines: () => scalarLines(name), height: () => 210}))];
-}
-
-function show() {
-  texts();
-  legend();
-  byId("reference").textContent = reference() ? reference().label : "";
-  byId("loss").hidden = !lossLines().length;
-  byId("against").hidden = !curves().some(curve => curve.ms.some(ms => ms !== null));
-  byId("spread").hidden = !counting();
-  byId("final-chart").hidden = finalLines().length < 2;
-  byId("step-time").hidden = !stepTimeLines().length;
-  multiples();
-  charts.forEach(chart => chart.draw());
-  const sections = [...document.querySelectorAll("main > section")].filter(section => !section.hidden);
-  document.querySelector("nav").replaceChildren(...sections.map(
-    section => make("a", {href: `#${section.id}`}, section.querySelector("h2").textContent)));
-}
-
-let grew = 0;
-async function poll() {
-  const line = byId("live");
-  try {
-    const found = await (await fetch("data.json", {cache: "no-store"})).json();
-    if (found.grew && found.grew !== grew) {
-      grew = found.grew;
-      data = found;
-      show();
-    }
-    line.textContent = found.error || `Live: the log last grew at ${new Date(1000 * grew).toLocaleString()}.`;
-    line.classList.remove("lost");
-  } catch {
-    line.classList.add("lost");
-    line.textContent = "The server has ended: this is the last state.";
-  }
-  setTimeout(poll, 2000);
-}
-
+const names = [...new Set(curves.flatMap(({scalars, fields}) => Object.keys({...scalars, ...fields})))];
+const multiples = names.map(name => {
+  const host = make("div");
+  document.querySelector(".multiples").append(host);
+  return new Chart(host, {title: () => name, lines: () => scalarLines(name), height: 210});
+});
+byId("reference").textContent = reference() ? reference().label : "";
+byId("loss").hidden = !lossLines().length;
+byId("against").hidden = !curves.some(curve => curve.ms.some(ms => ms !== null));
+byId("spread").hidden = !counting;
+byId("final-chart").hidden = finalLines().length < 2;
+byId("step-time").hidden = !stepTimeLines().length;
+byId("scalars").hidden = !names.length;
+texts();
+legend();
+const charts = [lossChart, finalChart, stepChart, ...multiples];
+charts.forEach(chart => chart.draw());
+document.querySelector("nav").append(...[...document.querySelectorAll("main > section:not([hidden])")].map(
+  section => make("a", {href: `#${section.id}`}, section.querySelector("h2").textContent)));
 document.querySelectorAll("input[type=radio]").forEach(input => input.addEventListener("change", () => {
   choice[input.name] = input.value;
-  lossChart.range = lossChart.chosen = null;
-  lossChart.out.replaceChildren();
   lossChart.draw();
 }));
-show();
-if (data.live) {
-  byId("live").hidden = false;
-  poll();
-}
 })();
