@@ -22,7 +22,7 @@ try:
     import new
     import power
     import report
-    from inference import ALPHA, POOLED_SIGMA, POWER, TARGET
+    from inference import ALPHA, POOLED_SIGMA, POWER
     from run_log import RecordError
 except ModuleNotFoundError as error:
     sys.exit(f"records.py: {error.name} is not installed: pip install -r records/tools/requirements.txt")
@@ -39,12 +39,9 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    checking = add_command(commands, "check", lambda args: check.check(
-        args.folder, check.Limits(args.target, args.sigma), args.json),
+    checking = add_command(commands, "check", lambda args: check.check(args.folder, args.json),
         "judge a record's folder by every rule; exit status 1 if an error is found")
     checking.add_argument("folder", type=Path)
-    checking.add_argument("--target", type=float, default=TARGET, help="nats/token (%(default)s)")
-    checking.add_argument("--sigma", type=float, default=POOLED_SIGMA, help="of the z-test (%(default)s)")
 
     comparing = add_command(commands, "compare", lambda args: compare.compare(args.a, args.b, args.json),
                             "compare two sets of runs: loss, time, fewer steps and faster steps")
@@ -109,7 +106,6 @@ def add_planning_commands(commands) -> None:
 
 def main(argv=None) -> int:
     """Run one command; where it cannot be done, exit with status 2 and one sentence on stderr."""
-    sys.stdout.reconfigure(errors="replace")  # for a terminal that cannot show a letter of a path
     args = parse(argv)
     try:
         status = args.run(args) or 0

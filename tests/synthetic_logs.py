@@ -141,7 +141,6 @@ def write_record(folder: Path, specs: list[Spec] | None = None, baseline: list[S
     write_logs(folder, specs)
     write_logs(folder / "baseline", baseline_specs() if baseline is None else baseline)
     (folder / "README.md").write_text(readme_text(folder, specs))
-    (folder / "train.py").write_text(specs[0].source.format(num_iterations=specs[0].num_iterations))
     return folder
 
 

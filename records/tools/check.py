@@ -13,17 +13,12 @@ from typing import NamedTuple
 import numpy as np
 
 import readme_figures as figures
-from inference import (ALPHA, POOLED_SIGMA, POWER, TARGET, TargetTest, against_target, format_p, plus_minus,
-                       runs_needed, welch)
-from run_log import LOG_SUFFIX, RUN_ID, NoSteps, RecordError, Run, Validation, find_logs, read_log, read_published, walk
+from inference import ALPHA, POOLED_SIGMA, POWER, TARGET, TargetTest, against_target, format_p, plus_minus
+from run_log import RUN_ID, RecordError, Run, Validation, find_logs, read_log, read_published
 from tables import format_json, format_table
 
 NUM_GPUS = 8
 VAL_TOKENS = 10_485_760
-# Words that name a role: at the beginning of a folder's name, or alone, with numbers and the like, in a file's.
-FAILED = r"(?i:fail(ed|ures?)?|crash(ed|es)?|abort(ed)?|unfinished|partial(?=[\W\d_]*(runs?|logs?)?[\W\d_]*$))(?![a-z])"
-BASELINE = r"(?i:base(lines?)?|prev(ious)?|old|control|before)(?![a-z])"
-NUMBERED = r"(?i:[\W\d_]|runs?|logs?|seeds?|[0-9a-f]{8,})*"
 ALLOWED_COMPILE_FLAGS = {"coordinate_descent_tuning"}  # allowed on the medium track, banned on the short one
 FORBIDDEN_COMPILE_ARGUMENTS = ("mode", "options", "backend")
 # Packages that a log need not contain: a requirements file can name them.
@@ -36,12 +31,6 @@ SHOWN = 4  # examples a message names
 EXPERIMENTS = "experiments"  # folder of comparisons that are no records
 
 
-class Limits(NamedTuple):
-    """What a folder is judged by."""
-    target: float = TARGET
-    sigma: float = POOLED_SIGMA
-
-
 @dataclass
 class Folder:
     """A record's folder: its runs by role, its README, and what could not be read."""
@@ -52,9 +41,7 @@ class Folder:
     failed: list[Run] = field(default_factory=list)  # in folders named so
     other: list[Run] = field(default_factory=list)  # further folders beside the record's logs: ablations
     unreadable: list[str] = field(default_factory=list)
-    unstarted: int = 0  # of the unreadable, those without a step
     published: dict | None = None  # figures in place of logs
-    scripts: list[Path] = field(default_factory=list)
     has_sides: bool = False  # A/ and B/, as `campaign` leaves them: A is the baseline
 
     @property
@@ -83,12 +70,12 @@ class Rule(NamedTuple):
     needs: names of what a Folder must have, so that there is something to apply it to.
     """
     id: str
-    severity: str  # error, warning or note
+    severity: str  # error or warning
     why: str
     origin: str
     needs: tuple[str, ...]
     of_task: bool  # demanded by the record's task, and not of an experiment
-    test: Callable[[Folder, Limits], list[str] | None]
+    test: Callable[[Folder], list[str] | None]
 
 
 class Finding(NamedTuple):
@@ -114,12 +101,11 @@ def rule(id: str, severity: str, why: str, origin: str, needs: tuple[str, ...] =
 
 def role_of(log: Path, folder: Path) -> str:
     """`record`, `baseline`, `failed`, or the name of another folder that the log lies in."""
-    parts = log.relative_to(folder).parts
-    for words, role in ((FAILED, "failed"), (BASELINE, "baseline")):
-        in_file = re.fullmatch(words + NUMBERED, LOG_SUFFIX.sub("", parts[-1]))
-        if in_file or any(re.match(words, part) for part in parts[:-1]):
+    folders = log.relative_to(folder).parts[:-1]
+    for role in ("failed", "baseline"):
+        if any(name.lower().startswith(role) for name in folders):
             return role
-    return parts[0] if len(parts) > 1 and parts[0].lower() not in ("log", "logs", "run", "runs") else "record"
+    return folders[0] if folders and folders[0].lower() not in ("log", "logs", "run", "runs") else "record"
 
 
 def read_folder(path: Path) -> Folder:
@@ -128,14 +114,12 @@ def read_folder(path: Path) -> Folder:
         raise RecordError(f"{path} is not a folder: name a record's folder.")
     readme = path / "README.md"
     folder = Folder(path, readme.read_text(encoding="utf-8", errors="replace").strip() if readme.exists() else "")
-    folder.scripts = sorted(file for file in walk(path) if file.suffix == ".py")
     roles: dict[str, list[Run]] = {}
     for log in find_logs(path):
         try:
             roles.setdefault(role_of(log, path), []).append(read_log(log))
         except RecordError as error:
             folder.unreadable.append(str(error))
-            folder.unstarted += isinstance(error, NoSteps)
     folder.baseline, folder.failed = roles.pop("baseline", []), roles.pop("failed", [])
     folder.has_sides = {"A", "B"} <= roles.keys() and "record" not in roles and not folder.baseline
     if folder.has_sides:
@@ -169,20 +153,20 @@ def name_of(run: Run) -> str:
 
 @rule("readme", "error", "A claim needs its words: what changed, against which baseline.",
       "records/README.md, how to submit", needs=())
-def has_readme(folder, limits):
+def has_readme(folder):
     if folder.has_sides and not folder.filed:
         return None
     return [] if folder.readme else ["there is no README.md, or it is empty"]
 
 
 @rule("readable", "error", "A log that cannot be read proves nothing.", "records/README.md, rule 6", needs=())
-def all_readable(folder, limits):
+def all_readable(folder):
     return folder.unreadable if folder.unreadable or folder.logs else None
 
 
 @rule("finished", "error", "A run without a final loss cannot count, and leaving it out would choose among runs; "
       "keep crashed ones in failed/.", "records/README.md, rule 7")
-def all_finished(folder, limits):
+def all_finished(folder):
     problems = [f"{name_of(run)} {run.ending}" for run in folder.record + folder.baseline if not run.finished]
     return problems + [f"{name_of(run)} ends with loss {run.final_loss}" for run in folder.record + folder.baseline
                        if run.finished and not math.isfinite(run.final_loss)]
@@ -190,7 +174,7 @@ def all_finished(folder, limits):
 
 @rule("all-counted", "error", "A finished run of the record's script outside the record's runs was left out.",
       "records/README.md, rule 7; logs that were not among the listed runs")
-def none_left_out(folder, limits):
+def none_left_out(folder):
     sources = {run.source for run in folder.record if run.source}
     others = folder.failed + folder.other + ([] if folder.has_sides else folder.baseline)  # a campaign may try A twice
     return [f"{run.path.relative_to(folder.path)} is a finished run of the record's script"
@@ -199,7 +183,7 @@ def none_left_out(folder, limits):
 
 
 @rule("unique", "error", "A run counted twice feigns evidence.", "the field: runs counted twice", needs=())
-def no_run_twice(folder, limits):
+def no_run_twice(folder):
     runs = [run for run in folder.record + folder.baseline + folder.other if run.finished]
     finals = Counter((f"{run.final_loss:.6f}", f"{run.train_seconds:.3f}") for run in runs
                      if math.isfinite(run.train_seconds))
@@ -210,7 +194,7 @@ def no_run_twice(folder, limits):
 
 
 @rule("seeds", "error", "Runs of one seed are not independent samples.", "the t-test's assumption")
-def seeds_differ(folder, limits):
+def seeds_differ(folder):
     seeds = Counter(run.constants["drawn seed"] for run in folder.record if "drawn seed" in run.constants)
     return [f"seed {seed} was used {count} times" for seed, count in seeds.items() if count > 1] if seeds else None
 
@@ -220,11 +204,10 @@ def seeds_differ(folder, limits):
 
 @rule("target-t", "error", f"The mean of all runs must be below the target with p < {ALPHA} (one-sided t-test).",
       "records/README.md, rule 1", needs=("counted",), of_task=True)
-def t_test_passes(folder, limits):
-    test = test_of(folder, limits)
-    if test.mean > limits.target:
-        return [f"mean loss {test.mean:.6f} is above {limits.target}" + (
-            ": the short track's target? then check with --target 3.28" if 3.2 < test.mean < 3.3 else "")]
+def t_test_passes(folder):
+    test = test_of(folder)
+    if test.mean > TARGET:
+        return [f"mean loss {test.mean:.6f} is above {TARGET}"]
     if test.n < 2:
         return [f"one run ({test.mean:.6f}) is no test: {test.runs_needed or 'more'} are needed"]
     if math.isnan(test.t):
@@ -235,113 +218,62 @@ def t_test_passes(folder, limits):
 
 @rule("target-z", "warning", "Few runs that happen to agree pass a t-test at any margin; the field's pooled sigma does "
       "not.", "the field: records of n = 2", needs=("counted",), of_task=True)
-def z_test_passes(folder, limits):
-    test = test_of(folder, limits)
-    return [] if test.z_p < ALPHA else [f"with sigma {limits.sigma:g}: z = {test.z:.2f}, p = {format_p(test.z_p)} is "
+def z_test_passes(folder):
+    test = test_of(folder)
+    return [] if test.z_p < ALPHA else [f"with sigma {POOLED_SIGMA:g}: z = {test.z:.2f}, p = {format_p(test.z_p)} is "
                                         f"not below {ALPHA}"]
 
 
-@rule("n-needed", "note", f"The runs that pass with {POWER:.0%} power at this margin: fewer, and luck decided.",
-      "planning by power", needs=("counted",), of_task=True)
-def enough_runs(folder, limits):
-    test = test_of(folder, limits)
-    margin = limits.target - test.mean
-    if margin <= 0:
-        return ["no number of runs suffices: the mean is not below the target"]
-    needed = runs_needed(margin, limits.sigma)
-    return [] if needed and test.n >= needed else [f"margin {margin:.6f} at sigma {limits.sigma:g} needs "
-                                                   f"{needed or 'too many'} runs, here are {test.n}"]
-
-
-def test_of(folder: Folder, limits: Limits) -> TargetTest:
-    return against_target([run.final_loss for run in folder.counted], limits.target, limits.sigma)
+def test_of(folder: Folder) -> TargetTest:
+    return against_target([run.final_loss for run in folder.counted])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The README against the logs
 
-def known_values(folder: Folder) -> tuple[list[float], list[float]]:
-    """Losses and seconds that the folder's own data give: of runs, of their groups' statistics, along the curves."""
-    groups = [folder.record, folder.baseline, folder.record + folder.baseline, folder.other, folder.failed]
-    losses, seconds = [], []
-    for group in groups:
-        by_step: dict[int, list] = {}
+def known_losses(folder: Folder) -> list[float]:
+    """Losses that the folder's own data give: along every curve, of all runs and their means, and with the spread of
+    the final ones."""
+    losses = [float(text) for text in re.findall(r"\d+\.\d+", json.dumps(folder.published or {}))]
+    for group in (folder.record, folder.baseline, folder.record + folder.baseline, folder.other, folder.failed):
+        by_step: dict[int, list[float]] = {}
         for validation in chain(*(run.validations for run in group)):
-            by_step.setdefault(validation.step, []).append((validation.loss, validation.train_ms / 1000))
-        for points in by_step.values():
-            for values, column in zip((losses, seconds), np.array(points).T):
-                values += [*column, column.mean(), np.median(column)]
+            by_step.setdefault(validation.step, []).append(validation.loss)
+        losses += chain(*([*values, float(np.mean(values))] for values in by_step.values()))
         finals = final_losses(group)
         if len(finals) > 1:
             test = against_target(finals)
             losses += [test.low, test.high, test.mean - test.std, test.mean + test.std]
-            seconds.append(float(np.std([run.train_seconds for run in group if run.finished], ddof=1)))
-    published = [float(text) for text in re.findall(r"\d+\.?\d*", json.dumps(folder.published or {}))]
-    seconds += [value / scale for value in published for scale in (1, 1000)]
-    return losses + published, seconds
-
-
-def unmatched(folder: Folder, listed: bool, target: float) -> list[str]:
-    """Losses and run times of the README that the folder's data do not give."""
-    runs = folder.record + folder.baseline
-    losses, seconds = known_values(folder)
-    problems = {"loss": [], "time": []}
-    for figure in figures.read_figures(folder.readme):
-        if figure.listed != listed:
-            continue
-        scale = figures.time_scale(figure, [run.train_seconds for run in runs if run.finished])
-        if figures.is_loss(figure, final_losses(runs), target):
-            if not any(figure.rounds(loss) for loss in losses):
-                problems["loss"].append(figure.text)
-        elif scale and not any(figure.rounds(value, scale) for value in seconds):
-            problems["time"].append(figure.text)
-    source = "published.json" if folder.published else "log here"
-    return [f"{kind} {shown(texts)}: no {source} gives {'it' if len(texts) == 1 else 'them'}"
-            for kind, texts in problems.items() if texts]
+    return losses
 
 
 @rule("readme-has-runs", "error", "Every run's loss, and its time or the mean time, stands in the README: all runs "
       "count.", "records/README.md, rule 7; the field: logs not among the listed runs", needs=("readme", "counted"))
-def readme_lists_every_run(folder, limits):
+def readme_lists_every_run(folder):
     stated = figures.read_figures(folder.readme)
-    losses = [f for f in stated if figures.is_loss(f, [run.final_loss for run in folder.counted], limits.target)]
-    missing = [f"{run.final_loss:.6f}" for run in folder.counted if not any(f.rounds(run.final_loss) for f in losses)]
+    missing = [f"{run.final_loss:.6f}" for run in folder.counted
+               if not any(f.decimals >= figures.LOSS_DECIMALS and f.rounds(run.final_loss) for f in stated)]
     problems = [f"loss {shown(missing)} of {len(missing)} runs is not in the README"] if missing else []
-    if not missing and len(losses) < len(folder.counted):
-        problems.append(f"the README states {len(losses)} losses, the folder holds {len(folder.counted)} runs")
     seconds = [run.train_seconds for run in folder.counted if math.isfinite(run.train_seconds)]
     if seconds:
-        times = [(f, scale) for f in stated if (scale := figures.time_scale(f, seconds))]
-        absent = [s for s in seconds if not any(f.rounds(s, scale) for f, scale in times)]
-        if absent and not any(f.rounds(np.mean(seconds), scale) for f, scale in times):
+        absent = [s for s in seconds if not any(f.states_time(s) for f in stated)]
+        if absent and not any(f.states_time(np.mean(seconds)) for f in stated):
             problems.append(f"neither the mean train time {np.mean(seconds):.3f} s nor every run's is in the README")
     return problems
 
 
-@rule("readme-from-logs", "error", "A run, count or p-value that the README lists but the logs do not give cannot be "
-      "verified.", "the field: one log under a list of thirty runs", needs=("readme", "counted"))
-def readme_states_nothing_else(folder, limits):
-    problems = unmatched(folder, True, limits.target)
-    runs, test = len(folder.counted), test_of(folder, limits)
-    counts = figures.stated_counts(folder.readme)
-    if counts and runs not in counts:
-        problems.append(f"the README speaks of {shown(sorted(counts))} runs, there are {runs}")
-    p_values = figures.P_VALUE.findall(folder.readme)
-    tests = {"t-test": test.t_p, "z-test": test.z_p}
-    if folder.experiment:  # which compares two sides
-        baseline = final_losses(folder.baseline)
-        tests = {"Welch's test": welch(baseline, final_losses(folder.counted)).p} if baseline else {}
-    computed = {name: p for name, p in tests.items() if not math.isnan(p)}
-    if p_values and not any(figures.p_rounds(text, p) for text in p_values for p in computed.values()):
-        problems.append(f"the README's p = {shown(p_values)} is not the runs' "
-                        f"({', '.join(f'{name} {format_p(p)}' for name, p in computed.items()) or 'no test'})")
+@rule("readme-from-logs", "error", "A loss that the README lists or a number of runs that it speaks of, but the logs "
+      "do not give, cannot be verified.", "the field: one log under a list of thirty runs", needs=("readme", "counted"))
+def readme_lists_nothing_else(folder):
+    losses, finals = known_losses(folder), final_losses(folder.record + folder.baseline)
+    unknown = [f.text for f in figures.read_figures(folder.readme) if f.listed and f.is_loss(finals)
+               and not any(f.rounds(loss) for loss in losses)]
+    problems = [f"loss {shown(unknown)}: no {'published.json' if folder.published else 'log here'} gives "
+                f"{'it' if len(unknown) == 1 else 'them'}"] if unknown else []
+    counts = {int(number) for number in figures.RUN_COUNT.findall(folder.readme)}
+    if counts and len(folder.counted) not in counts:
+        problems.append(f"the README speaks of {shown(sorted(counts))} runs, there are {len(folder.counted)}")
     return problems
-
-
-@rule("readme-prose", "warning", "A loss or time in the text that no log gives needs its source beside it.",
-      "records/README.md, rule 5", needs=("readme", "counted"))
-def prose_is_sourced(folder, limits):
-    return unmatched(folder, False, limits.target)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -354,7 +286,7 @@ def same_constants(a: Run, b: Run) -> bool:
 
 
 @rule("one-source", "error", "Runs of different scripts are no sample of one.", "records/README.md, rule 6")
-def all_of_one_source(folder, limits):
+def all_of_one_source(folder):
     problems = []
     for role, runs in (("record", folder.record), ("baseline", folder.baseline)):
         sources = Counter("\n".join(line.rstrip() for line in run.source.splitlines()) for run in runs)
@@ -367,7 +299,7 @@ def all_of_one_source(folder, limits):
 
 
 @rule("one-step-count", "error", "Runs of different lengths are no sample of one.", "records/README.md, rule 1")
-def all_of_one_length(folder, limits):
+def all_of_one_length(folder):
     return [f"the {role}'s runs have {shown(sorted(counts))} steps" for role, runs in
             (("record", folder.record), ("baseline", folder.baseline))
             if len(counts := {run.num_iterations for run in runs}) > 1]
@@ -391,7 +323,7 @@ def local_modules(source: str) -> dict[str, list[str]]:
 
 @rule("source-complete", "error", "A log must hold every line that ran: the script and each local module that it "
       "imports.", "records/README.md, rule 6; the field: kernels missing from the log")
-def source_is_complete(folder, limits):
+def source_is_complete(folder):
     problems = []
     for source, runs in group_by(folder.record + folder.baseline, lambda run: run.source):
         if not re.search(r"^\s*(import|from) ", source, re.M):
@@ -413,24 +345,9 @@ def group_by(runs: list[Run], key: Callable) -> list[tuple]:
     return list(groups.items())
 
 
-@rule("scripts", "warning", "A training script beside the logs must be the one that ran.",
-      "records/README.md, rule 6", needs=("logs", "scripts"))
-def scripts_are_those_of_the_logs(folder, limits):
-    sources = ["\n".join(line.rstrip() for line in run.source.splitlines()) for run in folder.logs]
-    problems = []
-    for path in folder.scripts:
-        text = path.read_text(encoding="utf-8", errors="replace")
-        stripped = "\n".join(line.rstrip() for line in text.splitlines()).strip("\n")
-        words = ("val_loss:", "train_time:", r"^\s*(import|from) torch\b")  # a parser of logs does without the last
-        trains = all(re.search(word, text, re.M) for word in words)
-        if trains and not any(stripped in source for source in sources):
-            problems.append(f"{path.relative_to(folder.path)} is not the source of any log")
-    return problems
-
-
 @rule("compile-flags", "error", "Inductor flags and torch.compile modes buy time that is not the idea's.",
       "modded-nanogpt's rules: no extra torch._inductor.config or torch.compile flags")
-def no_extra_compile_flags(folder, limits):
+def no_extra_compile_flags(folder):
     problems = []
     for source, runs in group_by(folder.record, lambda run: run.source):
         code = re.sub(r"#[^\n]*", "", source)
@@ -458,13 +375,13 @@ def val_tokens(run: Run) -> int | None:
 
 @rule("val-tokens", "error", f"The loss is defined on {VAL_TOKENS:,} validation tokens.", "records/README.md, rule 1",
       of_task=True)
-def whole_validation_set(folder, limits):
+def whole_validation_set(folder):
     return [f"{shown(map(name_of, runs))}: " + (f"{tokens:,} tokens" if tokens else "the log does not show how many")
             for tokens, runs in group_by(folder.record + folder.baseline, val_tokens) if tokens != VAL_TOKENS]
 
 
 @rule("data", "error", "Losses on synthetic tokens mean nothing.", "records/README.md, rule 4", of_task=True)
-def real_data(folder, limits):
+def real_data(folder):
     return [f"{name_of(run)} trained on synthetic shards" for run in folder.record
             if "SYNTHETIC" in run.constants.get("shards", "")]
 
@@ -473,7 +390,7 @@ def real_data(folder, limits):
 # Where it ran, and the clock
 
 @rule("gpus", "error", "The task is the time on 8 GPUs of one kind.", "records/README.md, the target", of_task=True)
-def eight_gpus(folder, limits):
+def eight_gpus(folder):
     unknown = "the log names no GPUs in a form that is known (nvidia-smi's table, or: on 8 x NAME)"
     return [f"{shown(map(name_of, runs))}: " + (unknown if hardware == "unknown" else hardware)
             for hardware, runs in group_by(folder.record, lambda run: run.environment.hardware)
@@ -482,7 +399,7 @@ def eight_gpus(folder, limits):
 
 @rule("one-environment", "error", "Another driver, torch, CUDA or GPU changes the speed: all runs share one.",
       "records/README.md, rule 5; the field: a torch upgrade mistaken for an idea")
-def one_environment(folder, limits):
+def one_environment(folder):
     values = {name: Counter(getattr(run.environment, name) or "none shown" for run in folder.record)
               for name in ("hardware", "driver", "torch", "cuda")}
     return [f"{name}: {shown(f'{value} ({count} runs)' for value, count in counts.items())}"
@@ -492,7 +409,7 @@ def one_environment(folder, limits):
 
 @rule("times", "error", "A clock that runs backwards, skips steps or contradicts its own average was edited or reset.",
       "records/README.md, rule 2")
-def clock_is_consistent(folder, limits):
+def clock_is_consistent(folder):
     return [f"{name_of(run)}: {problem}" for run in folder.record + folder.baseline for problem in clock_problems(run)]
 
 
@@ -533,7 +450,7 @@ def average_holds(begin: Validation, v: Validation) -> bool:
 
 @rule("resumed", "error", "The clock stands while checkpoints are written, and a resumed run's time is put together "
       "from two starts: only runs without either are timed; keep others in failed/.", "records/README.md, rule 2")
-def none_resumed(folder, limits):
+def none_resumed(folder):
     runs = folder.record + folder.baseline
     return [f"{name_of(run)} was resumed from {run.resumed_from}" for run in runs if run.resumed_from] + [
         f"{name_of(run)} wrote checkpoints ({name} = {run.constants[name]})" for run in runs
@@ -542,7 +459,7 @@ def none_resumed(folder, limits):
 
 @rule("baseline", "warning", "Without a baseline on the same hardware and torch the speed claim is uncontrolled.",
       "records/README.md, rule 5")
-def baseline_is_comparable(folder, limits):
+def baseline_is_comparable(folder):
     runs = [run for run in folder.baseline if run.finished]
     if not runs:
         return ["there are no finished runs of a baseline (a folder baseline/): the speed claim is uncontrolled"]
@@ -555,11 +472,11 @@ def baseline_is_comparable(folder, limits):
 # ----------------------------------------------------------------------------------------------------------------------
 # The verdict
 
-def apply_rules(folder: Folder, limits: Limits) -> list[Finding]:
+def apply_rules(folder: Folder) -> list[Finding]:
     findings = []
     for rule in RULES:
         applies = all(getattr(folder, name) for name in rule.needs) and not (rule.of_task and folder.experiment)
-        messages = rule.test(folder, limits) if applies else None
+        messages = rule.test(folder) if applies else None
         status = "not applicable" if messages is None else "broken" if messages else "ok"
         findings.append(Finding(rule, status, messages or []))
     return findings
@@ -571,13 +488,10 @@ def verdict_of(folder: Folder, findings: list[Finding]) -> str:
     errors, warnings = (f"{broken[kind]} {kind}{'s' * (broken[kind] != 1)}" for kind in ("error", "warning"))
     if folder.published:
         return "figures only, cannot be verified" + (f"; {errors} in the figures" if broken["error"] else "")
-    if not folder.logs and not folder.unstarted:
-        return "nothing to judge: no log can be read" if folder.unreadable else "nothing to judge: no logs, no figures"
+    if not folder.logs and not folder.unreadable:
+        return "nothing to judge: no logs, no figures"
     if not folder.counted:
-        apart = [f"{len(runs)} are {role}" for runs, role in (
-            (folder.baseline, "a baseline's"), (folder.failed, "failed ones")) if runs]
-        named = f" (of the logs, by their names or their folders', {' and '.join(apart)})" if apart else ""
-        return f"unfinished: no run of the record has a final loss{named}"
+        return "unfinished: no run of the record has a final loss"
     if broken["error"]:
         return f"does not hold: {errors}"
     if folder.experiment:
@@ -588,15 +502,15 @@ def verdict_of(folder: Folder, findings: list[Finding]) -> str:
     return f"holds, with {warnings}" if broken["warning"] else "holds: every rule is kept"
 
 
-def describe_statistics(folder: Folder, limits: Limits) -> dict:
+def describe_statistics(folder: Folder) -> dict:
     """The record's figures by its runs, as plain values; empty without a finished run."""
     if not folder.counted:
         return {}
-    test = test_of(folder, limits)
+    test = test_of(folder)
     seconds = [run.train_seconds for run in folder.counted]
     environments = sorted({run.environment.hardware for run in folder.counted})
     loss = {name: getattr(test, name) for name in ("n", "mean", "std", "low", "high")} if folder.experiment else asdict(
-        test) | {"margin": limits.target - test.mean, "target": limits.target, "sigma": limits.sigma}
+        test) | {"margin": TARGET - test.mean, "target": TARGET, "sigma": POOLED_SIGMA}
     return loss | {
         "train_seconds_mean": float(np.mean(seconds)),
         "train_seconds_std": float(np.std(seconds, ddof=1)) if len(seconds) > 1 else math.nan,
@@ -605,11 +519,11 @@ def describe_statistics(folder: Folder, limits: Limits) -> dict:
         "failed_runs": len(folder.failed), "other_runs": len(folder.other)}
 
 
-def check(path: Path, limits: Limits, as_json: bool) -> int:
+def check(path: Path, as_json: bool) -> int:
     """Prints the report; 1 if a rule of severity error is broken, or there is nothing to judge, otherwise 0."""
     folder = read_folder(path)
-    findings = apply_rules(folder, limits)
-    statistics, verdict = describe_statistics(folder, limits), verdict_of(folder, findings)
+    findings = apply_rules(folder)
+    statistics, verdict = describe_statistics(folder), verdict_of(folder, findings)
     if as_json:
         rules = [{"id": f.rule.id, "severity": f.rule.severity, "status": f.status, "messages": f.messages,
                   "why": f.rule.why, "origin": f.rule.origin} for f in findings]

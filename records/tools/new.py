@@ -66,7 +66,7 @@ def write_readme(folder: Path, title: str, what: str) -> None:
     """The README of a folder whose logs are in place; every number is computed from the logs."""
     record = check.read_folder(folder)
     runs = record.counted
-    statistics = check.statistics_rows(record, check.describe_statistics(record, check.Limits()))
+    statistics = check.statistics_rows(record, check.describe_statistics(record))
     parts = [f"# {title}", f"## What changed\n\n{what}", "## Setup\n\n" + format_markdown(["item", "value"], [
         ["hardware", one_of(runs, "hardware")], ["torch", one_of(runs, "torch")], ["CUDA", one_of(runs, "cuda")],
         ["driver", one_of(runs, "driver")], ["steps", values_of(runs, lambda run: f"{run.num_iterations:,}")]]),
@@ -104,7 +104,7 @@ def leaderboard(records: Path) -> str:
         if runs:
             title = re.match(r"# (?:[\d-]{10} )?(.+)", folder.readme or f"# {path.name[11:]}")
             status = "published figures, not re-run here" if folder.published else check.verdict_of(
-                folder, check.apply_rules(folder, check.Limits()))
+                folder, check.apply_rules(folder))
             rows.append([path.name[:10], title[1] if title else path.name[11:], *figures_of(runs), str(len(runs)),
                          one_of(runs, "hardware"), one_of(runs, "torch"), f"[{path.name}]({path.name}/README.md)",
                          status])
@@ -144,4 +144,4 @@ def new(name: str, date: str, logs: list[Path], baseline: list[Path], what: str,
         raise
     if not experiment:
         refresh_leaderboard(records)
-    return check.check(folder, check.Limits(), as_json)
+    return check.check(folder, as_json)

@@ -66,7 +66,7 @@ def judged_of(groups: list[Group], folder: check.Folder | None) -> Group | None:
     """The runs that the target is for, if their loss is the record's: on its validation tokens and real data by
     `check`, or published."""
     tests = check.whole_validation_set, check.real_data
-    if folder is None or folder.filed or folder.logs and any(test(folder, check.Limits()) for test in tests):
+    if folder is None or folder.filed or folder.logs and any(test(folder) for test in tests):
         return None
     return next((group for group in groups if group.side and group.label in ("B", "record", "all")), None)
 
@@ -296,7 +296,7 @@ def gather(path: Path) -> dict:
     groups = groups_of(folder)
     if not groups:
         raise RecordError(f"{path} holds no log that can be read and no published figures: name a record's folder.")
-    return assemble(path.resolve().name, groups, folder, check.apply_rules(folder, check.Limits()))
+    return assemble(path.resolve().name, groups, folder, check.apply_rules(folder))
 
 
 def assemble(title: str, groups: list[Group], folder: check.Folder | None, findings: list[check.Finding]) -> dict:
@@ -365,10 +365,7 @@ def report(path: Path, out: Path | None, as_json: bool) -> None:
     logs = Path("logs")  # which git ignores: a record's folder stays as it is
     out = out or (logs / f"{path.resolve().name}.html" if path.is_dir() else
                   path.with_name(LOG_SUFFIX.sub("", path.name) + ".html"))
-    try:
-        if out.parent == logs:
-            logs.mkdir(exist_ok=True)
-        write_text(out, text)
-    except OSError as error:
-        raise RecordError(f"{out} cannot be written ({error.strerror}): name another file with --out.") from error
+    if out.parent == logs:
+        logs.mkdir(exist_ok=True)
+    write_text(out, text)
     print(format_json({"report": str(out), "bytes": len(text.encode())}) if as_json else out)

@@ -1,6 +1,5 @@
 """records/tools/check.py: every rule has a folder that keeps it and one that breaks it alone."""
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -16,8 +15,6 @@ import synthetic_logs as logs
 from helpers import RECORDS, ROOT, TRAINER
 from run_log import RecordError
 
-LIMITS = check.Limits()
-
 
 @pytest.fixture(scope="module")
 def sound_record(tmp_path_factory):
@@ -30,11 +27,11 @@ def record(sound_record, tmp_path):
 
 
 def broken_rules(path: Path) -> dict[str, list[str]]:
-    return {f.rule.id: f.messages for f in check.apply_rules(check.read_folder(path), LIMITS) if f.status == "broken"}
+    return {f.rule.id: f.messages for f in check.apply_rules(check.read_folder(path)) if f.status == "broken"}
 
 
 def rewrite(record: Path, **changes) -> None:
-    """All of the record's and the baseline's logs again, with the README and script that go with them."""
+    """All of the record's and the baseline's logs again, with the README that goes with them."""
     shutil.rmtree(record)
     logs.write_record(record, logs.record_specs(**changes), logs.baseline_specs(**changes))
 
@@ -66,7 +63,6 @@ def add_source(line: str):
 SPEC, FIRST, BASELINE = logs.Spec(), logs.record_specs()[0], logs.baseline_specs()
 RESUMED = "\nresumed from checkpoints/0a1b/step_000100: not eligible as a timed record"
 SPREAD = [2.9185 + 0.003 * x for x in (1, -1, 1.1, -1.1, 0.9, -0.9, 1.2, -1.2)]
-SMALL_MARGIN = [loss + 0.0007 for loss in logs.LOSSES]
 BREAKS = [
     ("readme", lambda record: (record / "README.md").write_text("\n")),
     ("readable", lambda record: (record / "a.log").write_bytes(b"\x7fELF\0\0")),
@@ -77,31 +73,24 @@ BREAKS = [
     ("seeds", lambda record: logs.write_log(record, replace(
         logs.record_specs()[1], constants="seed drawn or given: 0"))),
     ("target-t", lambda record: with_losses(record, SPREAD)),
-    ("n-needed", lambda record: with_losses(record, SMALL_MARGIN)),
+    ("target-z", lambda record: with_losses(record, (2.919900, 2.919901))),  # they agree by luck
     ("readme-has-runs", lambda record: replace_in(record / "README.md", readme_row(record), "")),
     ("readme-has-runs", lambda record: (record / "README.md").write_text(
         (record / "README.md").read_text().split("All 8")[0] + ", ".join(f"{loss:.6f}" for loss in logs.LOSSES))),
     ("readme-from-logs", lambda record: replace_in(record / "README.md", "| 1 |", "| 0 | 2.918111 | 48.2 |\n| 1 |")),
     ("readme-from-logs", lambda record: replace_in(record / "README.md", "All 8 runs.", "All 30 runs.")),
-    ("readme-from-logs", lambda record: replace_in(record / "README.md", "All 8", "p = 0.0004. All 8")),
-    ("readme-prose", lambda record: replace_in(record / "README.md", "All 8", "Once it reached 2.918111. All 8")),
-    ("readme-prose", lambda record: replace_in(record / "README.md", "All 8", "Once it took 47.9 s. All 8")),
     ("one-source", lambda record: logs.write_log(record, replace(FIRST, source=logs.SOURCE + "x = 1\n"))),
     ("one-source", lambda record: logs.write_log(record, replace(
         FIRST, constants="seed drawn or given: 0\nmuon_lr = 0.02"))),
     ("one-step-count", lambda record: [logs.write_log(record / "baseline", replace(
         spec, source="import torch\nval_tokens = 10485760", num_iterations=210 + spec.seed % 2)) for spec in BASELINE]),
-    ("source-complete", add_source("from triton_kernels import XXT, ba_plus_cAA")),
     ("source-complete", add_source("import my_kernels as kernels")),
-    ("scripts", lambda record: replace_in(record / "train.py", "num_iterations = 200", "num_iterations = 199")),
     ("compile-flags", add_source("torch._inductor.config.max_autotune = True")),
     ("compile-flags", add_source('f = torch.compile(g, mode="max-autotune")')),
-    ("val-tokens", lambda record: rewrite(record, source=logs.SOURCE.replace("10485760", "10485760 // 2"))),
     ("val-tokens", lambda record: rewrite(record, source=logs.SOURCE.replace("10485760", "20 * 262144"))),
     ("data", lambda record: logs.write_log(record, replace(
         FIRST, constants="seed drawn or given: 0\ntraining shards: a to b (SYNTHETIC tokens)"))),
     ("gpus", lambda record: rewrite(record, gpus=SPEC.gpus[:7])),
-    ("gpus", lambda record: rewrite(record, gpus=(*SPEC.gpus[:7], "NVIDIA H200"))),
     ("gpus", lambda record: rewrite(record, torch="2.10\non 4 x NVIDIA H100 80GB HBM3\n#")),  # of the eight shown
     ("one-environment", lambda record: logs.write_log(record, replace(FIRST, driver="570.1"))),
     ("times", lambda record: replace_in(first_log(record), "step:100/200 train_time:", "step:100/200 train_time:9")),
@@ -111,9 +100,8 @@ BREAKS = [
     ("resumed", lambda record: logs.write_log(record, replace(FIRST, constants=FIRST.constants + RESUMED))),
     ("resumed", lambda record: logs.write_log(record / "baseline", replace(
         BASELINE[0], constants=BASELINE[0].constants + RESUMED))),
-    *(("resumed", lambda record, line=line: [logs.write_log(record, replace(spec, constants=spec.constants + line))
-                                             for spec in logs.record_specs()])
-      for line in ("\ncheckpoint_every = 125", "\ncheckpoint_minutes = 0.5")),
+    ("resumed", lambda record: [logs.write_log(record, replace(
+        spec, constants=spec.constants + "\ncheckpoint_minutes = 0.5")) for spec in logs.record_specs()]),
     ("baseline", lambda record: shutil.rmtree(record / "baseline")),
     ("baseline", lambda record: [logs.write_log(record / "baseline", spec)
                                  for spec in logs.baseline_specs(torch="2.9.0+cu126")]),
@@ -121,7 +109,7 @@ BREAKS = [
 
 
 def test_a_sound_record_keeps_every_rule(sound_record):
-    findings = check.apply_rules(check.read_folder(sound_record), LIMITS)
+    findings = check.apply_rules(check.read_folder(sound_record))
     assert {f.rule.id: f.status for f in findings} == {rule.id: "ok" for rule in check.RULES}
     assert check.verdict_of(check.read_folder(sound_record), findings) == "holds: every rule is kept"
 
@@ -131,17 +119,11 @@ def test_a_rule_is_broken_alone(record, rule, break_it):
     break_it(record)
     assert set(broken_rules(record)) == {rule}
     severity = next(r.severity for r in check.RULES if r.id == rule)
-    assert check.check(record, LIMITS, as_json=False) == (severity == "error")
-
-
-def test_z_test_is_broken_with_too_few_runs_alone(record):
-    """Runs that agree by luck pass the t-test; a z-test that fails implies that more runs are needed."""
-    with_losses(record, (2.919900, 2.919901))
-    assert set(broken_rules(record)) == {"target-z", "n-needed"}
+    assert check.check(record, as_json=False) == (severity == "error")
 
 
 def test_every_rule_has_a_folder_that_breaks_it():
-    assert {rule for rule, _ in BREAKS} | {"target-z"} == {rule.id for rule in check.RULES}
+    assert {rule for rule, _ in BREAKS} == {rule.id for rule in check.RULES}
 
 
 def test_the_readme_lists_the_rules_and_shows_real_output(capsys):
@@ -161,10 +143,10 @@ def test_every_command_has_help(capsys, command):
     assert stop.value.code == 0 and "usage:" in capsys.readouterr().out
 
 
-def test_what_the_system_refuses_is_one_sentence(tmp_path, capsys):
+def test_what_the_system_refuses_is_one_sentence(record, tmp_path, capsys):
     (tmp_path / "file").touch()
-    assert records.main(["campaign", "tiny", "small", "-n", "1", "--out", str(tmp_path / "file" / "out")]) == 2
-    assert re.fullmatch(rf"records.py: {tmp_path}/file/out/A: Not a directory: name another place.*\n",
+    assert records.main(["report", str(record), "--out", str(tmp_path / "file" / "x.html")]) == 2
+    assert re.fullmatch(rf"records.py: {tmp_path}/file/x.html.*: Not a directory: name another place.*\n",
                         capsys.readouterr().err)
     for script, packages in (("records/records.py", "records/tools/requirements.txt"),
                              ("data/shards.py", "requirements.txt")):
@@ -173,15 +155,7 @@ def test_what_the_system_refuses_is_one_sentence(tmp_path, capsys):
         assert done.stderr == f"{Path(script).name}: numpy is not installed: pip install -r {packages}\n"
 
 
-def test_a_terminal_that_cannot_show_a_letter(tmp_path):
-    folder = logs.write_record(tmp_path / "Gr\u00f6\u00dfe")
-    done = subprocess.run([sys.executable, RECORDS / "records.py", "check", folder], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONIOENCODING": "ascii"})
-    assert done.returncode == 0 and "/Gr??e: holds: every rule is kept" in done.stdout, done.stderr
-
-
-@pytest.mark.parametrize("losses, advice", [([3.2791, 3.2789], "--target 3.28"), ([2.9301, 2.9299], "above 2.92"),
-                                            ([2.9175], "one run")])
+@pytest.mark.parametrize("losses, advice", [([2.9301, 2.9299], "above 2.92"), ([2.9175], "one run")])
 def test_losses_that_are_no_test(record, losses, advice):
     with_losses(record, losses)
     assert advice in broken_rules(record)["target-t"][0]
@@ -198,9 +172,9 @@ def test_a_log_cut_anywhere_is_of_an_unfinished_run(tmp_path, capsys):
     """In its head, between lines, within any of them, and within the last validation, whose loss would be another."""
     text = logs.log_text(replace(SPEC, num_iterations=20, val_every=5))
     head, end = text.index("step:0/"), text.index("peak memory")
-    for cut in (0, 1, len(SPEC.source) // 2, text.index("Running Python"), *range(head - 1, end, 7), end - 1):
+    for cut in (0, 1, len(SPEC.source) // 2, text.index("Running Python"), *range(head - 1, end, 29), end - 1):
         (tmp_path / f"{SPEC.run_id}.txt").write_text(text[:cut])
-        assert check.check(tmp_path, LIMITS, as_json=False) == 1
+        assert check.check(tmp_path, as_json=False) == 1
         shown = capsys.readouterr().out
         assert ": unfinished: no run of the record has a final loss\n" in shown, cut
         assert (" of 20" if cut > text.index("step:1/") else "") in shown
@@ -208,17 +182,10 @@ def test_a_log_cut_anywhere_is_of_an_unfinished_run(tmp_path, capsys):
     assert not broken_rules(tmp_path).keys() & {"finished", "readable"}
 
 
-def test_crashed_and_resumed_runs_may_be_kept(record):
-    logs.write_log(record / "failed", replace(SPEC, seed=60, last_step=60))
-    logs.write_log(record / "failed", replace(SPEC, seed=61, constants=SPEC.constants + RESUMED))
-    assert broken_rules(record) == {}
-
-
-def test_logs_in_folders_of_any_name_are_the_records(record):
-    (record / "results").mkdir()
+def move_logs(record: Path, name: str) -> None:
+    (record / name).mkdir()
     for path in record.glob("*.txt"):
-        path.rename(record / "results" / path.name)
-    assert broken_rules(record) == {}
+        path.rename(record / name / path.name)
 
 
 def every_average_of_its_interval(path: Path) -> None:
@@ -230,31 +197,16 @@ def every_average_of_its_interval(path: Path) -> None:
     path.write_text(text)
 
 
-def rename_all(name: str):
-    """Of both sides, by number."""
-    return lambda record: [path.rename(path.with_name(name.format(i))) for folder in (record, record / "baseline")
-                           for i, path in enumerate(sorted(folder.glob("*.txt")))]
-
-
 @pytest.mark.parametrize("change", [
-    *map(rename_all, ("run{}.txt", "partial_rotary_{}.log", "bases_of_hadamard_{}.txt", "controlled_lr_{}.txt",
-                      "old_rotary_seed{}.txt")),
-    lambda record: replace_in(record / "README.md", "All 8", "## The model (N = 16)\n\nWith N = 16 layers. All 8"),
-    lambda record: replace_in(record / "README.md", "All 8", "N = 16 layers give this loss. n = 8. All 8"),
-    lambda record: (record / "parse.py").write_text("import re\nre.findall('val_loss:.* train_time:', log)"),
+    lambda record: [path.rename(path.with_name(f"old_run{i}.log")) for i, path in enumerate(record.glob("*.txt"))],
+    lambda record: [logs.write_log(record / "failed_runs", spec) for spec in (
+        replace(SPEC, seed=60, last_step=60), replace(SPEC, seed=61, constants=SPEC.constants + RESUMED))],
+    lambda record: move_logs(record, "results"),
+    lambda record: replace_in(record / "README.md", "All 8", "Another's loss is 2.9181, after 8 of 9 steps. All 8"),
     lambda record: list(map(every_average_of_its_interval, record.glob("*.txt")))])
 def test_what_breaks_no_rule(record, change):
     change(record)
     assert broken_rules(record) == {}
-
-
-@pytest.mark.parametrize("name, role", [
-    ("baseline_3.txt", "baseline"), ("Baseline/x.txt", "baseline"), ("old_record/x.txt", "baseline"),
-    ("failed-run2.log", "failed"), ("crashed/x.txt", "failed"), ("partial_runs/x.txt", "failed"),
-    ("partial.txt", "failed"), ("partial_rotary/x.txt", "partial_rotary"), ("failsafe_1.txt", "record"),
-    ("olde/x.txt", "olde"), ("logs/old_lr.txt", "record")])
-def test_a_name_gives_a_role_by_whole_words(tmp_path, name, role):
-    assert check.role_of(tmp_path / name, tmp_path) == role
 
 
 @pytest.mark.parametrize("num_runs, verdict", [
@@ -270,11 +222,6 @@ def test_a_campaigns_folder_is_a_comparison(tmp_path, capsys, num_runs, verdict)
     assert f": {verdict}\n" in capsys.readouterr().out
     logs.write_log(tmp_path / "B", logs.Spec(seed=9, num_iterations=190))
     assert set(broken_rules(tmp_path)) == {"one-source", "one-step-count"}
-
-
-def test_the_verdict_says_why_no_run_counts(tmp_path):
-    logs.write_log(tmp_path, SPEC, "partial_1.txt")
-    assert check.verdict_of(check.read_folder(tmp_path), []).endswith("or their folders', 1 are failed ones)")
 
 
 def test_figures_only(capsys):

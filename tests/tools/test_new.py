@@ -34,9 +34,8 @@ def test_a_new_folder_keeps_every_rule(records_folder, capsys):
     crashed = replace(logs.Spec(), seed=70, last_step=60)
     assert make(records_folder, specs=[*logs.record_specs(), crashed]) == 0
     folder = records_folder / "2026-01-02_Made-up"
-    findings = check.apply_rules(check.read_folder(folder), check.Limits())
-    assert {f.rule.id: f.status for f in findings} == {
-        rule.id: "not applicable" if rule.id == "scripts" else "ok" for rule in check.RULES}
+    findings = check.apply_rules(check.read_folder(folder))
+    assert {f.rule.id: f.status for f in findings} == {rule.id: "ok" for rule in check.RULES}
     assert [len(list(folder.glob(pattern))) for pattern in ("*.txt.gz", "baseline/*.txt.gz", "failed/*.txt.gz")] == [
         8, 4, 1]
     text = (folder / "README.md").read_text()
@@ -63,7 +62,7 @@ def test_an_experiment_stays_apart_and_is_not_held_to_the_records_task(records_f
     assert (records_folder / "README.md").read_text() == before
     assert new.new(*arguments, records_folder) == 1  # as a record it would not hold
     (folder / "again.txt").write_text(logs.log_text(replace(runs[0], loss=5.0)))  # a run of the same seed
-    assert check.check(folder, check.Limits(), True) == 1
+    assert check.check(folder, True) == 1
 
 
 def test_the_leaderboard_gets_a_row_and_keeps_the_others(records_folder):
