@@ -16,7 +16,7 @@ usage: ./run.sh [PRESET]
 
 Sets up Python, looks at the hardware and trains. It says what it will do first, and it is safe to run again.
   no GPU    makes shards from text that Python carries and trains `tiny`: 2 to 4 minutes on 2 cores
-            (`small`: 160 steps, for comparisons)
+            (`small`: half as wide and deep, 240 steps, for comparisons)
   GPUs      fetches the FineWeb shards that are missing and trains `medium` (the record), or the preset named
             (`baseline`: the same without Smear-MTP, 5,550 steps), on the largest of 8, 4, 2, 1 of them with torchrun
 

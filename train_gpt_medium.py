@@ -579,8 +579,10 @@ PRESETS = {  # made and checked when they are chosen
     "short": partial(Config, preset="short", num_iterations=300, val_tokens=2**20, val_seq_len=2**17, val_every=50,
                      coordinate_descent_tuning=False),
     "tiny": partial(ON_CPU, preset="tiny", num_iterations=64, momentum_warmup_steps=16, val_every=16),
-    "small": partial(ON_CPU, preset="small", stages=(Stage(num_slices=4),), num_iterations=160,
-                     momentum_warmup_steps=40, val_every=20),
+    # One window change, in the middle. That the rates suit this width was tried: records/experiments.
+    "small": partial(ON_CPU, preset="small", layers=LAYERS[:4] + LAYERS[-4:], backout_from=5, num_heads=2,
+                     stages=(Stage(until=0.5, num_slices=2, window=256), Stage(num_slices=2, window=512)),
+                     num_iterations=240, momentum_warmup_steps=60, val_tokens=2**13, val_every=24),
 }
 
 

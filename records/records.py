@@ -44,9 +44,9 @@ def parse(argv):
     checking.add_argument("folder", type=Path)
 
     comparing = add_command(commands, "compare", lambda args: compare.compare(args.a, args.b, args.json),
-                            "compare two sets of runs: loss, time, fewer steps and faster steps")
+                            "compare two sets of runs: loss, time, fewer and faster steps; more sets: their losses")
     comparing.add_argument("a", type=Path, metavar="A", help="a log, or a folder of logs: the baseline")
-    comparing.add_argument("b", type=Path, metavar="B")
+    comparing.add_argument("b", type=Path, metavar="B", nargs="+")
 
     following = add_command(commands, "follow", lambda args: follow.follow(
         args.log, args.reference, args.once, args.every, args.patience, args.json),

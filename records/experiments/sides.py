@@ -1,11 +1,13 @@
-"""The sides of the experiment on what Smear-MTP does, as presets SIDE_SEED, and those of the sweep before it."""
+"""The sides of the experiment on what Smear-MTP does, as presets: SEED=0 python sides.py A."""
+import os
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from train_gpt_medium import GPT, GROUPS, LAYERS, ON_CPU, AdamW, Config, Group, Stage, norm, smear, start
+import train_gpt_medium as tgm
+from train_gpt_medium import GPT, AdamW, Config, Group, norm, smear
 
 
 class Detached(GPT):
@@ -24,7 +26,7 @@ class Fixed(GPT):
 FIXED_LAMBDAS = {"E": 0.008, "F": -0.05}  # 0.008: the record's, at its end
 MODELS = {"A": GPT, "B": GPT, "C": Detached, "D": GPT, "E": Fixed, "F": Fixed}
 SLOW_LAMBDA = tuple(group._replace(roles=tuple(role for role in group.roles if role != "smear_lambda"))
-                    for group in GROUPS) + (Group("smear", ("smear_lambda",), AdamW(lr=0.0015)),)
+                    for group in tgm.GROUPS) + (Group("smear", ("smear_lambda",), AdamW(lr=0.0015)),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,19 +38,17 @@ class Experiment(Config):
         return MODELS[self.side](self)
 
 
-def stages(factor: float) -> tuple[Stage, ...]:
-    """The window widens once, in the middle of the run. factor: of all learning rates."""
-    return (Stage(until=0.5, num_slices=2, window=256, lr_factor=factor),
-            Stage(num_slices=2, window=512, lr_factor=factor))
-
-
-BYTES = partial(Experiment, **ON_CPU.keywords | dict(
-    num_heads=2, layers=LAYERS[:4] + LAYERS[-4:], backout_from=5, num_iterations=240, momentum_warmup_steps=60,
-    val_tokens=2**13, val_every=24))
-
-PRESETS = {f"sweep_{factor}_{seed}": partial(BYTES, smear_mtp=False, seed=seed, preset=f"sweep_{factor}_{seed}",
-                                             stages=stages(factor))
-           for factor in (0.25, 0.5, 1.0, 2.0) for seed in (100, 101, 102)}
+BYTES = partial(Experiment, **tgm.PRESETS["small"].keywords)
+SIDES = {
+    "A": dict(smear_mtp=False),
+    "B": dict(),  # Smear-MTP as published
+    "C": dict(),  # the previous latent detached
+    "D": dict(groups=SLOW_LAMBDA),  # lambda at a tenth of its rate
+    "E": dict(smear_mtp=False),  # lambda fixed at the record's end
+    "F": dict(smear_mtp=False),  # lambda fixed below zero
+}
+PRESETS = {side: partial(BYTES, side=side, seed=int(os.environ.get("SEED", "0")), **changes)
+           for side, changes in SIDES.items()}
 
 if __name__ == "__main__":
-    start(PRESETS)
+    tgm.start(PRESETS)

@@ -200,5 +200,5 @@ def conclude(out: Path, outcomes: list[Outcome], as_json: bool) -> int:
     for side in "AB":
         if not any(outcome.side == side and not outcome.fault for outcome in outcomes):
             raise RecordError(f"{side} has no finished run: see the consoles in {out / side / 'failed'}.")
-    compare.compare(out / "A", out / "B", as_json)
+    compare.compare(out / "A", [out / "B"], as_json)
     return int(bool(failed))

@@ -1,4 +1,7 @@
-"""`compare`: two sets of runs - loss, time, and where a time gain comes from: fewer steps or faster steps."""
+"""`compare`: two sets of runs - loss, time, and where a time gain comes from: fewer steps or faster steps.
+
+Of more sets, the losses of each against the first.
+"""
 import math
 from dataclasses import asdict
 from itertools import groupby
@@ -8,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from curves import Curve, Side, mean_curve, read_side
-from inference import CONFIDENCE, Interval, format_p, mean_interval, paired, signed, std, welch
+from inference import CONFIDENCE, Interval, format_p, holm, mean_interval, paired, signed, std, welch
 from run_log import Run
 from tables import Table, format_json
 
@@ -141,15 +144,20 @@ def slope_beyond(curve: Curve) -> float:
     return slopes[0] if slopes[0] < 0 else slopes[1]
 
 
-def steps_at_equal_loss(a: Side, b: Side, curves: tuple[Curve, Curve]) -> dict:
-    """Steps that B's runs take to one loss, minus those of A's. The loss is the higher of the two means at the end.
+def reach_equal_loss(a: Side, b: Side, curves: tuple[Curve, Curve]) -> tuple[float, list[list[tuple[float, bool]]]]:
+    """A loss, and what `first_reach` says of it for each run of A and of B. It is the higher of the means at the end.
 
     Runs of the side with that mean end near it, above or below. So those that stay above are continued by a few steps,
     at the slope of their side's mean curve (`slope_beyond`), rather than left out: that would choose the better.
     """
     loss = max(float(np.mean(side.losses)) for side in (a, b))
-    reached = [[first_reach(run, loss, slope_beyond(curve)) for run in side.runs]
-               for side, curve in zip((a, b), curves)]
+    return loss, [[first_reach(run, loss, slope_beyond(curve)) for run in side.runs]
+                  for side, curve in zip((a, b), curves)]
+
+
+def steps_at_equal_loss(a: Side, b: Side, curves: tuple[Curve, Curve]) -> dict:
+    """Steps that B's runs take to one loss, minus those of A's."""
+    loss, reached = reach_equal_loss(a, b, curves)
     steps = ([step for step, _ in runs] for runs in reached)
     return {"difference": asdict(welch(*steps)), "loss": loss} | {
         f"{what}_{key}": value for key, runs in zip("ab", reached) for what, value in (
@@ -172,12 +180,13 @@ def basis(r: dict) -> str:
     return "no interval and no test, since a side has one run"
 
 
-def paired_losses(a: Side, b: Side) -> list[list[float]] | None:
-    """Final losses of both sides by seed, two or more; None unless each is the seed of one run of A and one of B."""
-    by_seed = [{run.constants.get("drawn seed"): run.final_loss for run in side.runs} for side in (a, b)]
-    seeds = sorted(by_seed[0].keys() - {None})
-    alike = all(len(seeds) == len(side.runs) and losses.keys() == {*seeds} for side, losses in zip((a, b), by_seed))
-    return [[losses[seed] for seed in seeds] for losses in by_seed] if alike and len(seeds) > 1 else None
+def order_by_seed(a: Side, b: Side) -> list[list[int]] | None:
+    """For A and for B, which run has the first seed, the second, ...; None unless each seed is that of one run of A and
+    of one of B, and there are two or more."""
+    seeds = [[run.constants.get("drawn seed", "") for run in side.runs] for side in (a, b)]
+    ordered = [sorted(of_side) for of_side in seeds]
+    alike = ordered[0] == ordered[1] and "" not in ordered[0] and len({*ordered[0]}) == len(ordered[0]) > 1
+    return [sorted(range(len(of_side)), key=of_side.__getitem__) for of_side in seeds] if alike else None
 
 
 def warnings_for(a: Side, b: Side) -> list[str]:
@@ -215,15 +224,44 @@ def compare_sides(a: Side, b: Side) -> dict:
     result = {"a": describe_side(a), "b": describe_side(b), "confidence": CONFIDENCE,
               "loss_difference": asdict(welch(a.losses, b.losses)),
               "seconds_difference": asdict(welch(a.seconds, b.seconds)), "warnings": warnings_for(a, b)}
-    pairs = paired_losses(a, b)
-    if pairs:
-        result["loss_difference_paired_by_seed"] = asdict(paired(*pairs))
+    if order_by_seed(a, b):
+        result["loss_difference_paired_by_seed"] = asdict(difference(a, b, a.losses, b.losses))
     if a.has_curve and b.has_curve:
         curves = mean_curve(a), mean_curve(b)
         result |= {"loss_at_equal": loss_rows(*curves), "steps_at_equal_loss": steps_at_equal_loss(a, b, curves)}
         if math.isfinite(curves[0].seconds[-1] + curves[1].seconds[-1]):
             result |= explain_times(a, b)
     return result
+
+
+def difference(a: Side, b: Side, values_a: list[float], values_b: list[float]) -> Interval:
+    """B's values minus A's, one a run: in pairs where both sides ran the same seeds, else by Welch."""
+    order = order_by_seed(a, b)
+    return paired(*(np.take(v, i) for v, i in zip((values_a, values_b), order))) if order else welch(values_a, values_b)
+
+
+def losses_at(side: Side, step: int) -> list[float]:
+    return [next(v.loss for v in run.validations if v.step == step) for run in side.runs]
+
+
+def compare_several(a: Side, others: list[Side]) -> dict:
+    """Losses and steps at equal loss of each other side minus A's, as plain values. `p_holm` is corrected for the
+    number of the other sides."""
+    curve_a, rows = mean_curve(a), []
+    for b in others:
+        curve_b = mean_curve(b)
+        _, reached = reach_equal_loss(a, b, (curve_a, curve_b))
+        rows.append(describe_side(b) | {
+            "paired": order_by_seed(a, b) is not None, "loss_difference": asdict(difference(a, b, a.losses, b.losses)),
+            "steps_at_equal_loss": asdict(difference(a, b, *([step for step, _ in runs] for runs in reached))),
+            "loss_at_equal_step": [
+                {"step": int(step)} | asdict(difference(a, b, losses_at(a, step), losses_at(b, step)))
+                for step in np.intersect1d(curve_a.steps, curve_b.steps)[1:]]})
+    for key in ("loss_difference", "steps_at_equal_loss"):
+        for row, p in zip(rows, holm([row[key]["p"] for row in rows])):
+            row[key]["p_holm"] = p
+    return {"a": describe_side(a), "others": rows, "confidence": CONFIDENCE,
+            "warnings": list(dict.fromkeys(line for b in others for line in warnings_for(a, b)))}
 
 
 def explain_times(a: Side, b: Side) -> dict:
@@ -313,6 +351,28 @@ def report(r: dict) -> str:
     return "\n\n".join(parts + ["\n".join(f"warning: {line}" for line in r["warnings"])]).rstrip()
 
 
-def compare(path_a: Path, path_b: Path, as_json: bool) -> None:
-    result = compare_sides(read_side(path_a), read_side(path_b))
-    print(format_json(result) if as_json else report(result))
+def report_several(r: dict) -> str:
+    labels = [chr(ord("B") + i) for i in range(len(r["others"]))]
+    sides = {"A": r["a"]} | dict(zip(labels, r["others"]))
+    pairing = "in pairs by seed" if all(row["paired"] for row in r["others"]) else "Welch where seeds differ"
+    rows = [[f"{label} - A", *(text for key, spec in (("loss_difference", "+.6f"), ("steps_at_equal_loss", "+.1f"))
+                               for i in [row[key]] for text in (
+                                   or_blank(i["value"], spec), between(i["low"], i["high"], spec), format_p(i["p"]),
+                                   format_p(i["p_holm"])))] for label, row in zip(labels, r["others"])]
+    interval = f"{r['confidence']:.0%} interval"
+    found = Table(f"Against A, {pairing}; p* by Holm for {len(rows)} comparisons", [
+        "", "final loss", interval, "p", "p*", "steps at equal loss", interval, "p", "p*"], rows)
+    steps = sorted(set.intersection(*({point["step"] for point in row["loss_at_equal_step"]} for row in r["others"])))
+    at_step = [{point["step"]: point for point in row["loss_at_equal_step"]} for row in r["others"]]
+    curves = Table(f"Loss minus A's at equal step, {interval}", ["step", *(f"{label} - A" for label in labels)], [
+        [f"{step:,}", *(f"{p['value']:+.4f} ({between(p['low'], p['high'], '+.4f')})" for p in
+                        (points[step] for points in at_step))] for step in steps])
+    parts = [sides_table(sides).as_text() + "".join(f"\n{label}: {side['name']}" for label, side in sides.items()),
+             found.as_text(), curves.as_text(), "\n".join(f"warning: {line}" for line in r["warnings"])]
+    return "\n\n".join(parts).rstrip()
+
+
+def compare(path_a: Path, paths_b: list[Path], as_json: bool) -> None:
+    a, *others = map(read_side, (path_a, *paths_b))
+    result = compare_sides(a, *others) if len(others) == 1 else compare_several(a, others)
+    print(format_json(result) if as_json else (report if len(others) == 1 else report_several)(result))

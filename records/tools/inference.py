@@ -103,6 +103,13 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Interval:
     return Interval(value, *mean_interval(differences), float(2 * stats.t.sf(t, len(differences) - 1)))
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p corrected for the number of comparisons: the chance that any of them errs stays below alpha [Holm 1979]."""
+    p, order = np.asarray(p_values), np.argsort(p_values)
+    corrected = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
+    return corrected[np.argsort(order)].tolist()
+
+
 def t_test_power(n: int, margin: float, sigma: float, alpha: float = ALPHA) -> float:
     """Chance that n runs, normal with mean `margin` below the target, pass the t-test: noncentral t."""
     critical = stats.t.ppf(alpha, n - 1)

@@ -174,6 +174,24 @@ def test_equal_seeds_are_compared_in_pairs(tmp_path, capsys):
     assert "loss_difference_paired_by_seed" not in compare.compare_sides(*map(compare.read_side, sides))
 
 
+def test_several_sides_are_held_against_the_first(tmp_path, capsys):
+    """Seeds shared with A: pairs. p corrected for two comparisons: the smaller times 2, the larger as it is."""
+    losses = {"a": [2.91, 2.93, 2.92], "b": [2.9101, 2.9303, 2.9202], "c": [2.911, 2.928, 2.922]}
+    paths = [logs.write_logs(tmp_path / side, logs.record_specs(of_seeds)) for side, of_seeds in losses.items()]
+    a, *others = map(compare.read_side, paths)
+    r = compare.compare_several(a, others)
+    expected = [stats.ttest_rel(losses[side], losses["a"]) for side in "bc"]
+    for row, test in zip(r["others"], expected, strict=True):
+        assert row["paired"] and row["loss_difference"]["p"] == pytest.approx(test.pvalue)
+        last = row["loss_at_equal_step"][-1]
+        assert last["step"] == a.num_iterations and last["value"] == row["loss_difference"]["value"]
+        assert row["steps_at_equal_loss"]["low"] < row["steps_at_equal_loss"]["value"]
+    assert [row["loss_difference"]["p_holm"] for row in r["others"]] == pytest.approx(
+        [2 * expected[0].pvalue, max(2 * expected[0].pvalue, expected[1].pvalue)])
+    assert records.main(["compare", *map(str, paths)]) == 0
+    assert "C - A" in capsys.readouterr().out
+
+
 def test_unfinished_runs_are_left_out_and_named(sides, tmp_path):
     side = Path(shutil.copytree(sides[1], tmp_path / "b"))
     logs.write_log(side, logs.Spec(seed=9, last_step=80))

@@ -195,9 +195,9 @@ def test_presets_of_a_gpt2_set(tmp_path):
 def test_presets_of_byte_and_of_own_sets(tmp_path, capsys):
     for folder, vocab_size in (("bytes", 257), ("own", 300)):
         (tmp_path / folder).mkdir()
-        make_set(tmp_path / folder, sizes=(2**14 + 1, 160 * 4 * 512 + 1), vocab_size=vocab_size, doc_id=vocab_size - 1)
+        make_set(tmp_path / folder, sizes=(2**14 + 1, 240 * 2 * 512 + 1), vocab_size=vocab_size, doc_id=vocab_size - 1)
     assert judge(tmp_path / "bytes") == {preset: {"enough": True, "reason": f"{steps} steps use 1 training shards"}
-                                         for preset, steps in (("tiny", 64), ("small", 160))}
+                                         for preset, steps in (("tiny", 64), ("small", 240))}
     assert judge(tmp_path / "own") == {}
     verify.print_report(verify.examine(tmp_path / "own"))
     assert "no preset of the trainer has this vocabulary" in capsys.readouterr().out
