@@ -49,15 +49,12 @@ def parse(argv):
     comparing.add_argument("b", type=Path, metavar="B", nargs="+")
 
     following = add_command(commands, "follow", lambda args: follow.follow(
-        args.log, args.reference, args.once, args.every, args.patience, args.json),
+        args.log, args.reference, args.once, args.json),
         "hold a live or finished log against reference runs; exit status 1 if it leaves their band")
     following.add_argument("log", type=Path)
     following.add_argument("--reference", type=Path, default=follow.PUBLISHED,
                            help="a folder of logs (default: the published mean curve)")
     following.add_argument("--once", action="store_true", help="do not wait for more of a live log")
-    following.add_argument("--every", type=float, default=5.0, help="seconds between looks (%(default)s)")
-    following.add_argument("--patience", type=float, default=600.0,
-                           help="seconds without growth after which to stop (%(default)s)")
 
     reporting = add_command(commands, "report", lambda args: report.report(args.path, args.out, args.json),
                             "write one HTML file that opens offline: claim, curves, tables, what check found")

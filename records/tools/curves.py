@@ -111,14 +111,9 @@ def published_curve(path: Path) -> Curve:
                  times)
 
 
-def is_published(path: Path) -> bool:
-    """Whether a folder holds published figures in place of logs."""
-    return (path / "published.json").exists() and not find_logs(path)
-
-
 def read_curve(path: Path) -> Curve:
     """Of a log, a folder of logs or a folder of published figures. Raises RecordError."""
-    if is_published(path):
+    if (path / "published.json").exists() and not find_logs(path):
         return published_curve(path / "published.json")
     side = read_side(path)
     return mean_curve(side._replace(name=side.runs[0].name if path.is_file() else path.resolve().name))

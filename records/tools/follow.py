@@ -14,6 +14,8 @@ from tables import format_json
 PUBLISHED = Path(__file__).resolve().parents[1] / "2025-11-02_SmearMTP"
 FALSE_ALARM = 0.01  # chance that a faithful run leaves the band anywhere
 LENGTH_TOLERANCE = 0.02  # runs whose lengths differ by less are compared at equal step, the ends with each other
+EVERY = 5.0  # seconds between looks at a live log
+PATIENCE = 600.0  # seconds without growth after which to stop
 PRINTED = 0.00005  # half a unit of a loss with four decimals
 HEADER = "  step       loss  reference  difference  sigmas      band   time (s)  reference  left (min)"
 
@@ -106,8 +108,8 @@ def verdict(run: Run, rows: list[dict], band: Band) -> str:
     return f"{state}: reproducing: all {len(rows)} validations lie within {width}."
 
 
-def follow(path: Path, reference: Path, once: bool, every: float, patience: float, as_json: bool) -> int:
-    """Prints a row for each validation until the run ends, stalls for `patience` seconds, or at once. 0 if inside."""
+def follow(path: Path, reference: Path, once: bool, as_json: bool) -> int:
+    """Prints a row for each validation until the run ends or stalls, or at once. 0 if inside."""
     band = read_band(reference)
     shown = 0
     while True:
@@ -117,13 +119,13 @@ def follow(path: Path, reference: Path, once: bool, every: float, patience: floa
             for row in rows[shown:]:
                 print(*([] if shown else [HEADER]), format_row(row), sep="\n", flush=True)
                 shown += 1
-        stalled = time.time() - path.stat().st_mtime > patience
+        stalled = time.time() - path.stat().st_mtime > PATIENCE
         if once or stalled or run and run.finished:
             break
-        time.sleep(every)
+        time.sleep(EVERY)
     if run is None:
-        raise RecordError(f"{path} has no step lines after {patience:g} s: see the console of the run.")
-    sentence = verdict(run, rows, band) + (f" The log has not grown for {patience:g} s: has the run died?"
+        raise RecordError(f"{path} has no step lines after {PATIENCE:g} s: see the console of the run.")
+    sentence = verdict(run, rows, band) + (f" The log has not grown for {PATIENCE:g} s: has the run died?"
                                            if stalled and not run.finished and not once else "")
     print(format_json({"verdict": sentence, "finished": run.finished, "validations": rows}) if as_json else sentence)
     return int(any(row["band"] != "inside" for row in rows))

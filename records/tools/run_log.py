@@ -6,14 +6,11 @@ the tokens trained on so far and the long window of the step; other logs do not,
 Reading is liberal: 4 or 6 decimals, train losses, steps without a clock. A last line without its end is left out, since
 it may be cut within a number. Judging is left to the rules of `check`. A log may be compressed: `.txt.gz`, `.log.gz`.
 """
-import codecs
 import gzip
 import json
 import math
-import os
 import re
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,14 +19,8 @@ import numpy as np
 RULE_LINE = re.compile(r"^={60,}\s*$", re.M)
 STEP_LINE = re.compile(r"^\s*step:\s*(\d+)/(\d+)\s+(\S.*)$")
 FIELD = re.compile(r"([A-Za-z_]\w*):\s*(\S+)")
-NUMBER = re.compile(r"([-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|nan|inf))(ms|s)?$", re.I)
 LOG_SUFFIX = re.compile(r"\.(txt|log)(\.gz)?$", re.I)
-COLOUR = re.compile(r"\x1b\[[\d;]*[A-Za-z]")
-# What loggers write before a line; and torchrun --tee, srun --label, mpirun --tag-output before every line.
-STEP_PREFIX = re.compile(r"^(?!\s*step:).{1,60}?(?=step:\s*\d+/\d+\s)")
-RULE_PREFIX = re.compile(r"^(?=\S*\d)((?:\[[^\]\n]+\](?:<\w+>)?:? ?|\d+: ?)+)={60,}\s*$", re.M)
 RUN_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-NOT_LOGS = ("requirements", "readme", "license", "citation")
 
 
 class RecordError(Exception):
@@ -160,15 +151,15 @@ class Run:
 
 
 def parse_number(text: str) -> float | None:
-    """`228.43ms`, `3.5s` (to ms) or a bare number; None if it is something else."""
-    match = NUMBER.match(text.rstrip(",;|"))
-    if not match:
+    """`228.43ms` or a bare number; None if it is something else."""
+    try:
+        return float(text.removesuffix("ms"))
+    except ValueError:
         return None
-    return float(match[1]) * (1000 if match[2] == "s" else 1)
 
 
 def read_text(path: Path) -> str:
-    """The text of a log. Raises RecordError if there is none."""
+    """The text of a file, which may be compressed. Raises RecordError if it cannot be read."""
     try:
         data = path.read_bytes()
         data = gzip.decompress(data) if path.suffix.lower() == ".gz" and data else data
@@ -176,17 +167,7 @@ def read_text(path: Path) -> str:
         raise RecordError(f"{path} is damaged ({error}): copy the log again.") from error
     except OSError as error:
         raise RecordError(f"{path} cannot be read ({error.strerror}): name a log.") from error
-    if not data.strip():
-        raise NoSteps(f"{path} is empty: copy the log again.")
-    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as PowerShell's > writes
-    if b"\0" in data and not is_utf16:
-        raise RecordError(f"{path} is not a text file: copy the log again.")
-    text = data.decode("utf-16" if is_utf16 else "utf-8-sig", errors="replace").replace("\r\n", "\n")
-    text = COLOUR.sub("", text)
-    prefix = RULE_PREFIX.search(text)
-    if prefix:  # which may count: ranks, or time
-        text = re.sub("^" + re.sub(r"\d+", r"\\d+", re.escape(prefix[1])), "", text, flags=re.M)
-    return text
+    return data.decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
 
 
 def split_sections(text: str) -> tuple[str, str, str]:
@@ -235,7 +216,6 @@ def parse_lines(text: str, path: Path):
     step_ms: list[tuple[int, float]] = []
     step_fields: dict[int, dict[str, float]] = {}
     for line in text[:text.rfind("\n") + 1].splitlines():
-        line = STEP_PREFIX.sub("", line)
         if not line.lstrip().startswith("step:"):
             continue
         match = STEP_LINE.match(line)
@@ -285,33 +265,20 @@ def looks_like_log(path: Path) -> bool:
     if name.endswith(".log") or RUN_ID.fullmatch(name.removesuffix(".txt")):
         return True
     try:
-        text = read_text(path)
+        return bool(re.search(r"^\s*step:\s*\d|^Running py", read_text(path), re.M | re.I))
     except RecordError:
         return True
-    return bool(re.search(r"^\s*step:\s*\d|^Running py|^={60,}\s*$", text, re.M | re.I))
-
-
-def walk(path: Path) -> Iterator[Path]:
-    """Every file and link below a folder, each folder once."""
-    seen = set()
-    for folder, subfolders, names in os.walk(path, followlinks=True):
-        if os.path.realpath(folder) in seen:
-            subfolders.clear()
-            continue
-        seen.add(os.path.realpath(folder))
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        yield from (Path(folder, name) for name in names if not name.startswith("."))
 
 
 def find_logs(path: Path) -> list[Path]:
     """The logs of a folder and of those below it, or the log itself. Raises RecordError if there is no such path.
 
-    Links are followed; those that lead nowhere are logs that cannot be read. Names that begin with a dot are left out.
+    Names that begin with a dot are left out; links that lead nowhere are logs that cannot be read.
     """
     if path.is_dir():
-        return sorted(file for file in walk(path) if (file.is_file() or file.is_symlink() and not file.is_dir())
-                      and LOG_SUFFIX.search(file.name) and not file.name.lower().startswith(NOT_LOGS)
-                      and looks_like_log(file))
+        named = (file for file in path.rglob("*") if LOG_SUFFIX.search(file.name) and not file.is_dir()
+                 and not any(part.startswith(".") for part in file.relative_to(path).parts))
+        return sorted(filter(looks_like_log, named))
     if not path.exists():
         raise RecordError(f"{path} does not exist: name a log or a folder of logs.")
     return [path]

@@ -112,9 +112,8 @@ def test_sides(launcher, monkeypatch, a, b, presets, edits):
 
 
 @pytest.mark.parametrize("b, word", [
-    ("SPEED=1", "already"), ("SPED=1", "SPED is no constant of script.py; the nearest is SPEED"),
-    ("SPEED=(", "no Python value"), ("SPEED=1/0", "script.py cannot run SPEED=1/0: ZeroDivisionError"),
-    ("none.py", "cannot be read"), ("huge", "huge is no preset of .*: choose one of tiny")])
+    ("SPEED=1", "already"), ("SPED=1", "script.py cannot run SPED=1: TypeError: .* 'SPED'"),
+    ("SPEED=(", "script.py cannot run SPEED=.: SyntaxError"), ("huge", "huge is no preset of .*: choose one of tiny")])
 def test_scripts_that_cannot_be_prepared(launcher, monkeypatch, b, word):
     monkeypatch.setattr(campaign, "TRAINER", launcher.parent / "script.py")
     with pytest.raises(RecordError, match=word):
@@ -123,30 +122,23 @@ def test_scripts_that_cannot_be_prepared(launcher, monkeypatch, b, word):
 
 
 def test_tiny_through_the_real_run_sh(tmp_path, monkeypatch):
-    """The repository's launcher and trainer on this CPU, both sides cut to one step of a smaller model.
-
-    The shards' folder is named from the caller's.
-    """
+    """The repository's launcher and trainer on this CPU, cut to one step of a smaller model. The shards' folder is
+    named from the caller's."""
     monkeypatch.chdir(tmp_path.parent)
     monkeypatch.setenv("PATH", f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("DATA_PATH", tmp_path.name)
-    write_shard(tmp_path / "text_train_000001.bin", random_ids(2 ** 18 + 4097, small_config()))
+    write_shard(tmp_path / "text_train_000001.bin", random_ids(2 ** 17 + 4097, small_config()))
     write_shard(tmp_path / "text_val_000000.bin", random_ids(2 ** 14 + 1, small_config()))
-    cut = "seq_len=128,val_seq_len=512,val_tokens=512,num_iterations=1,kernel_warmup_steps=0"
-    status = campaign.campaign(cut, cut.replace("num_iterations=1", "num_iterations=2"), 1, "tiny", tmp_path / "out",
-                               False)
-    assert status == 0
-    for side, steps in (("A", 1), ("B", 2)):
-        folder = tmp_path / "out" / side
-        (log,) = folder.glob("*.txt")
-        record = read_log(log)
-        assert record.finished and record.num_iterations == steps and record.constants["seq_len"] == "128"
-        thin = (folder / "edited.py").read_text()
-        assert f"num_iterations={steps}" in thin and record.source.startswith(thin)  # and the machine's source
-        assert record.source.endswith(f"\n# {TRAINER.name}\n{TRAINER.read_text()}".rstrip("\n"))
-    findings = {finding.rule.id: finding.status for finding in check.apply_rules(
-        check.read_folder(tmp_path / "out" / "B"))}
+    side = campaign.Side(TRAINER, "tiny", "seq_len=128,val_seq_len=512,val_tokens=512,num_iterations=1,"
+                                          "kernel_warmup_steps=0")
+    assert "val_tokens=512" in campaign.ask_constants(side, campaign.LAUNCHER)
+    script = side.write(tmp_path / "B")
+    outcome = campaign.run_once(script, "B", 1, "tiny", campaign.LAUNCHER)
+    assert outcome.fault == "" and outcome.log.parent == tmp_path / "B"
+    record = read_log(outcome.log)
+    assert record.finished and record.num_iterations == 1 and record.constants["seq_len"] == "128"
+    assert record.source.startswith(script.read_text())  # and the machine's source
+    assert record.source.endswith(f"\n# {TRAINER.name}\n{TRAINER.read_text()}".rstrip("\n"))
+    findings = {finding.rule.id: finding.status for finding in check.apply_rules(check.read_folder(tmp_path / "B"))}
     assert findings["source-complete"] == "ok"
-    with pytest.raises(RecordError, match="num_iteratons is no constant of .*; the nearest is num_iterations"):
-        campaign.campaign("tiny", "num_iteratons=9", 1, "tiny", tmp_path / "other", False)

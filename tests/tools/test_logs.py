@@ -8,7 +8,7 @@ import pytest
 
 import records
 import synthetic_logs as logs
-from run_log import RecordError, find_logs, read_log, split_sections
+from run_log import RecordError, find_logs, read_log
 
 SPEC = logs.Spec(loss=2.918765, seed=7)
 # As the project's scripts wrote it in the autumn of 2024: = first, nan before the clock's reset at step 10.
@@ -105,12 +105,6 @@ def test_our_own_log(tmp_path, stated, windows, tokens):
     assert [None if x is None else x.tolist() for x in (run.windows, run.tokens)] == [windows, tokens]
 
 
-def test_a_source_in_two_parts():
-    source, environment, rest = split_sections("\n".join(
-        ["a = 1", "=" * 100, "b = 2", "=" * 100, "Running Python 3.12.7", "=" * 100, "step:0/1 val_loss:1"]))
-    assert "a = 1" in source and "b = 2" in source and "3.12.7" in environment and rest.strip() == "step:0/1 val_loss:1"
-
-
 def test_a_live_log_may_end_within_a_line(tmp_path):
     text = logs.log_text(SPEC)
     for cut in range(text.index("step:50/200 val_loss"), text.index("step:51/200")):
@@ -120,14 +114,11 @@ def test_a_live_log_may_end_within_a_line(tmp_path):
 
 
 DAMAGED = [
-    ("empty", b" \n", "is empty"),
-    ("binary", b"\x7fELF\x01\0\0\0", "is not a text file"),
+    ("empty", " \n", "no step lines"),
     ("no steps", "import torch\n" + "=" * 100 + "\nRunning Python 3.12\n", "no step lines"),
-    ("prose", "nothing of the kind\n", "no step lines"),
     ("garbled", logs.log_text(SPEC).replace("step:60/200 train_time:", "step:60/200 tr#in"), "is damaged"),
     ("not a number", logs.log_text(SPEC).replace("step:50/200 val_loss:", "step:50/200 val_loss:x"), "is damaged"),
     ("two runs", logs.log_text(SPEC) * 2, "more than one run"),
-    ("two lengths", logs.log_text(SPEC).replace("step:199/200", "step:199/300"), "counts its steps"),
     ("too long", logs.log_text(SPEC) + "step:201/200 train_time:9ms step_avg:1.00ms\n", "counts its steps"),
 ]
 
@@ -135,7 +126,7 @@ DAMAGED = [
 @pytest.mark.parametrize("content, word", [case[1:] for case in DAMAGED], ids=[case[0] for case in DAMAGED])
 def test_damage_ends_in_one_sentence(tmp_path, capsys, content, word):
     path = tmp_path / "0123.log"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    path.write_text(content)
     with pytest.raises(RecordError, match=word) as error:
         read_log(path)
     assert str(path) in str(error.value)
@@ -144,37 +135,15 @@ def test_damage_ends_in_one_sentence(tmp_path, capsys, content, word):
     assert captured.err.count("\n") == 1 and word in captured.err and captured.out == ""
 
 
-FOREIGN = {
-    "colours": lambda line: f"\x1b[32m{line}\x1b[0m" if "val_loss" in line else line,
-    "torchrun --tee": lambda line: f"[default0]:{line}",
-    "mpirun --tag-output": lambda line: f"[1,0]<stdout>:{line}",
-    "srun --label": lambda line: f"0: {line}",
-    "a logger's steps": lambda line: f"2025-11-02 10:00:00,123 INFO {line}" if line.startswith("step:") else line,
-    "a logger": lambda line: f"[2025-11-02 10:{len(line) % 60:02d}:00][INFO] {line}"}
-
-
-@pytest.mark.parametrize("foreign", FOREIGN.values(), ids=FOREIGN)
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
-def test_what_terminals_and_launchers_add_is_taken_off(tmp_path, foreign, encoding):
-    path = logs.write_log(tmp_path, SPEC)
-    plain = read_log(path)
-    path.write_text("".join(f"{foreign(line)}\n" for line in path.read_text().splitlines()), encoding=encoding)
-    assert read_log(path) == plain
-
-
 def test_which_files_are_logs(tmp_path):
-    for name, content in (("requirements.txt", "torch"), ("notes.txt", "a text"), ("README.txt", "words"),
-                          ("sub/run.log", ""), ("a.txt", "step:0/1 val_loss:1"), ("train.py", "=" * 100),
-                          ("0a1b2c3d-0000-0000-0000-000000000000.txt", "cut"), ("RUN.LOG", ""), ("B.Txt", "=" * 60),
-                          (".ipynb_checkpoints/run.log", ""), ("._a.log", ""), ("elsewhere/linked.log", "")):
+    for name, content in (("requirements.txt", "torch"), ("notes.txt", "a text"), ("sub/run.log", ""),
+                          ("a.txt", "step:0/1 val_loss:1"), ("train.py", "step:0/1"), ("B.Txt", "Running Python 3.12"),
+                          ("0a1b2c3d-0000-0000-0000-000000000000.txt", "cut"), (".ipynb_checkpoints/run.log", "")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
-    expected = {"sub/run.log", "a.txt", "0a1b2c3d-0000-0000-0000-000000000000.txt", "RUN.LOG", "B.Txt"}
-    (tmp_path / "elsewhere").rename(tmp_path.parent / f"{tmp_path.name}_elsewhere")
-    for name, target in (("folder", f"../{tmp_path.name}_elsewhere"), ("sub/up", ".."), ("lost.log", "nowhere")):
-        (tmp_path / name).symlink_to(target)
-    assert {str(path.relative_to(tmp_path)) for path in find_logs(tmp_path)} == expected | {
-        "folder/linked.log", "lost.log"}
+    (tmp_path / "lost.log").symlink_to("nowhere")
+    assert {str(path.relative_to(tmp_path)) for path in find_logs(tmp_path)} == {
+        "sub/run.log", "a.txt", "0a1b2c3d-0000-0000-0000-000000000000.txt", "B.Txt", "lost.log"}
     with pytest.raises(RecordError, match="lost.log cannot be read"):
         read_log(tmp_path / "lost.log")
     with pytest.raises(RecordError, match="does not exist"):

@@ -82,7 +82,7 @@ GOOD = logs.log_text(logs.Spec())
 
 
 @pytest.mark.parametrize("content, name, date, times_given, word", [
-    ("", "X", "2026-01-02", 1, "is empty"),
+    ("", "X", "2026-01-02", 1, "no step lines"),
     (logs.log_text(logs.Spec(last_step=60)), "X", "2026-01-02", 1, "none of the logs is finished"),
     (GOOD, "X", "2026-01-02", 2, "counts once"), (GOOD, "a/b", "2026-01-02", 1, "is no name"),
     (GOOD, "X", "today", 1, "is no name"), (GOOD, "SmearMTP", "2025-11-02", 1, "exists already"),
