@@ -154,7 +154,7 @@ class Chart {
     // A line without points widens the axis: to the marks, and by a margin.
     const points = uPlot.join([[[low - pad, high + pad], [null, null]], ...this.lines.map(line => [line.x, line.y])]);
     this.u = new uPlot(this.options(), points, this.plot);
-    if (this.spec.early()) this.u.setScale("x", {min: low + this.spec.early() * (high - low), max: high});
+    if (low < high && this.spec.early()) this.u.setScale("x", {min: low + this.spec.early() * (high - low), max: high});
   }
 
   options() {
