@@ -132,13 +132,9 @@ def test_tiny_through_the_real_run_sh(tmp_path, monkeypatch):
     write_shard(tmp_path / "text_val_000000.bin", random_ids(2 ** 14 + 1, small_config()))
     side = campaign.Side(TRAINER, "tiny", "seq_len=128,val_seq_len=512,val_tokens=512,num_iterations=1,"
                                           "kernel_warmup_steps=0")
-    assert "val_tokens=512" in campaign.ask_constants(side, campaign.LAUNCHER)
-    script = side.write(tmp_path / "B")
-    outcome = campaign.run_once(script, "B", 1, "tiny", campaign.LAUNCHER)
+    outcome = campaign.run_once(side.write(tmp_path / "B"), "B", 1, "tiny", campaign.LAUNCHER)
     assert outcome.fault == "" and outcome.log.parent == tmp_path / "B"
     record = read_log(outcome.log)
     assert record.finished and record.num_iterations == 1 and record.constants["seq_len"] == "128"
-    assert record.source.startswith(script.read_text())  # and the machine's source
-    assert record.source.endswith(f"\n# {TRAINER.name}\n{TRAINER.read_text()}".rstrip("\n"))
     findings = {finding.rule.id: finding.status for finding in check.apply_rules(check.read_folder(tmp_path / "B"))}
     assert findings["source-complete"] == "ok"
