@@ -43,7 +43,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._dynamo.callback import callback_handler
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
@@ -1801,7 +1800,8 @@ def compile_model(model: nn.Module, whole: bool, **options) -> None:
     sections = [Path(file).read_text().partition("\n# Kernels:")[2].partition("\n# ---")[0] for file in sorted(files)]
     torch.compiler.config.cache_key_tag = hashlib.sha256("".join(sections).encode()).hexdigest()
     # Enough for a graph for training and one for validation of every kind of block, and one of every kind of bank.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(list(model.parameters())))
+    from torch._dynamo import config  # here: the compiler takes as long to import as all else together
+    config.recompile_limit = max(config.recompile_limit, 2 * len(list(model.parameters())))
     if whole:
         model.compile(**options)
         return
@@ -1817,6 +1817,7 @@ def compile_model(model: nn.Module, whole: bool, **options) -> None:
 @contextlib.contextmanager
 def compile_progress(world: World) -> Iterator[None]:
     """Prints a line on rank 0's console as each compilation begins, so that minutes of them do not look like a hang."""
+    from torch._dynamo.callback import callback_handler
     began, number = time.perf_counter(), count(1)
 
     def announce(_) -> None:
@@ -1893,15 +1894,17 @@ def main(config: Run, resume_from: str | None = None, script: str | None = None)
         model = config.make_model()
     compiled = partial(torch.compile, dynamic=False, fullgraph=True) if on_gpu else lambda function: function
     if on_gpu:
-        torch._inductor.config.coordinate_descent_tuning = config.coordinate_descent_tuning
+        from torch._functorch import config as functorch
+        from torch._inductor import config as inductor
+        inductor.coordinate_descent_tuning = config.coordinate_descent_tuning
         # By default graphs with a custom autograd Function are not cached: a warm start would trace them again.
-        torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
+        functorch.autograd_cache_allow_custom_autograd_functions = True
         compile_model(model, whole=config.coordinate_descent_tuning)
     if world.size > 1:
         for p in model.parameters():
             dist.broadcast(p.data, src=0)
     optimizer = Optimizer(model, config, world, compiled)
-    with compile_progress(world):
+    with compile_progress(world) if on_gpu else contextlib.nullcontext():
         warm_up(model, optimizer, world)
     if resume_from:
         checkpoints.restore(saved, optimizer)

@@ -351,25 +351,30 @@ def report(r: dict) -> str:
     return "\n\n".join(parts + ["\n".join(f"warning: {line}" for line in r["warnings"])]).rstrip()
 
 
-def report_several(r: dict) -> str:
+def tables_of_several(r: dict) -> list[Table]:
+    """Of `compare_several`: the sides, B, C, ... against A, and their losses minus A's at equal steps."""
     labels = [chr(ord("B") + i) for i in range(len(r["others"]))]
-    sides = {"A": r["a"]} | dict(zip(labels, r["others"]))
     pairing = "in pairs by seed" if all(row["paired"] for row in r["others"]) else "Welch where seeds differ"
     rows = [[f"{label} - A", *(text for key, spec in (("loss_difference", "+.6f"), ("steps_at_equal_loss", "+.1f"))
                                for i in [row[key]] for text in (
                                    or_blank(i["value"], spec), between(i["low"], i["high"], spec), format_p(i["p"]),
                                    format_p(i["p_holm"])))] for label, row in zip(labels, r["others"])]
     interval = f"{r['confidence']:.0%} interval"
-    found = Table(f"Against A, {pairing}; p* by Holm for {len(rows)} comparisons", [
-        "", "final loss", interval, "p", "p*", "steps at equal loss", interval, "p", "p*"], rows)
     steps = sorted(set.intersection(*({point["step"] for point in row["loss_at_equal_step"]} for row in r["others"])))
     at_step = [{point["step"]: point for point in row["loss_at_equal_step"]} for row in r["others"]]
-    curves = Table(f"Loss minus A's at equal step, {interval}", ["step", *(f"{label} - A" for label in labels)], [
-        [f"{step:,}", *(f"{p['value']:+.4f} ({between(p['low'], p['high'], '+.4f')})" for p in
-                        (points[step] for points in at_step))] for step in steps])
-    parts = [sides_table(sides).as_text() + "".join(f"\n{label}: {side['name']}" for label, side in sides.items()),
-             found.as_text(), curves.as_text(), "\n".join(f"warning: {line}" for line in r["warnings"])]
-    return "\n\n".join(parts).rstrip()
+    return [sides_table({"A": r["a"]} | dict(zip(labels, r["others"]))),
+            Table(f"Against A, {pairing}; p* by Holm for {len(rows)} comparisons", [
+                "", "final loss", interval, "p", "p*", "steps at equal loss", interval, "p", "p*"], rows),
+            Table(f"Loss minus A's at equal step, {interval}", ["step", *(f"{label} - A" for label in labels)], [
+                [f"{step:,}", *(f"{p['value']:+.4f} ({between(p['low'], p['high'], '+.4f')})" for p in
+                                (points[step] for points in at_step))] for step in steps])]
+
+
+def report_several(r: dict) -> str:
+    names = [side["name"] for side in (r["a"], *r["others"])]
+    sides = "\n".join(f"{chr(ord('A') + i)}: {name}" for i, name in enumerate(names))
+    parts = [sides, *(table.as_text() for table in tables_of_several(r))]
+    return "\n\n".join(parts + ["\n".join(f"warning: {line}" for line in r["warnings"])]).rstrip()
 
 
 def compare(path_a: Path, paths_b: list[Path], as_json: bool) -> None:
