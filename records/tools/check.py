@@ -351,8 +351,8 @@ def no_extra_compile_flags(folder):
     problems = []
     for source, runs in group_by(folder.record, lambda run: run.source):
         code = re.sub(r"#[^\n]*", "", source)
-        aliases = re.findall(r"import torch\._inductor\.config as (\w+)", code) + (
-            ["config"] if re.search(r"from torch\._inductor import config\b", code) else [])
+        aliases = re.findall(r"torch\._inductor(?:\.| import )config as (\w+)", code) + (
+            ["config"] if re.search(r"from torch\._inductor import config\b(?! as)", code) else [])
         prefix = "|".join([r"torch\._inductor\.config", r"inductor_config", *aliases])
         flags = set(re.findall(rf"\b(?:{prefix})\.([\w.]+)\s*=(?!=)", code)) - ALLOWED_COMPILE_FLAGS
         flags |= {f"{name}=" for call in re.findall(r"\bcompile\(((?:[^()]|\([^()]*\))*)\)", code)

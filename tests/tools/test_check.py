@@ -85,7 +85,10 @@ BREAKS = [
     ("one-step-count", lambda record: [logs.write_log(record / "baseline", replace(
         spec, source="import torch\nval_tokens = 10485760", num_iterations=210 + spec.seed % 2)) for spec in BASELINE]),
     ("source-complete", add_source("import my_kernels as kernels")),
-    ("compile-flags", add_source("torch._inductor.config.max_autotune = True")),
+    *(("compile-flags", add_source(line)) for line in (
+        "torch._inductor.config.max_autotune = True",
+        "from torch._inductor import config\nconfig.max_autotune = True",
+        "from torch._inductor import config as inductor\ninductor.max_autotune = True")),
     ("compile-flags", add_source('f = torch.compile(g, mode="max-autotune")')),
     ("val-tokens", lambda record: rewrite(record, source=logs.SOURCE.replace("10485760", "20 * 262144"))),
     ("data", lambda record: logs.write_log(record, replace(
