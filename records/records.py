@@ -90,10 +90,13 @@ def add_planning_commands(commands) -> None:
                          help="a new folder for scripts, logs and consoles (default: logs/campaign-DATE-TIME)")
 
     filing = add_command(commands, "new", lambda args: new.new(
-        args.name, args.date, args.logs, args.baseline, args.what, args.json, experiment=args.experiment),
+        args.name, args.date, args.logs or [], args.baseline, args.what, args.json, experiment=args.experiment,
+        sides=args.sides or []),
         "make records/DATE_NAME from finished logs, with tables and a report; refresh the leaderboard; check")
     filing.add_argument("name", metavar="NAME")
-    filing.add_argument("--logs", type=Path, nargs="+", required=True, help="logs or folders: all runs")
+    runs = filing.add_mutually_exclusive_group(required=True)
+    runs.add_argument("--logs", type=Path, nargs="+", help="logs or folders: all runs")
+    runs.add_argument("--sides", type=Path, nargs="+", help="of an experiment: folders A, B, C, ... of logs")
     filing.add_argument("--baseline", type=Path, nargs="+", default=[], help="logs or folders of the baseline")
     filing.add_argument("--what", required=True, help="what changed and why: the README's first section")
     filing.add_argument("--experiment", action="store_true", help="not of the record's task: make it in "

@@ -279,10 +279,13 @@ def readme_lists_nothing_else(folder):
 # ----------------------------------------------------------------------------------------------------------------------
 # What ran
 
+SEEDS = {"drawn seed", "seed"}  # drawn by the run, or given
+
+
 def same_constants(a: Run, b: Run) -> bool:
     """Whether the constants that our logs print agree, but for the seed and where data and checkpoint lie."""
     differing = {name for name, _ in a.constants.items() ^ b.constants.items()}
-    return differing <= {"drawn seed", "data_dir", "shards", "resumed from"}
+    return differing <= {*SEEDS, "data_dir", "shards", "resumed from"}
 
 
 @rule("one-source", "error", "Runs of different scripts are no sample of one.", "records/README.md, rule 6")
@@ -294,7 +297,7 @@ def all_of_one_source(folder):
             problems.append(f"the {role}'s {len(runs)} runs have {len(sources)} different sources")
         elif any(not same_constants(run, runs[0]) for run in runs):
             names = {name for run in runs for name, _ in run.constants.items() ^ runs[0].constants.items()}
-            problems.append(f"the {role}'s runs differ in the constants {shown(sorted(names - {'drawn seed'}))}")
+            problems.append(f"the {role}'s runs differ in the constants {shown(sorted(names - SEEDS))}")
     return problems
 
 

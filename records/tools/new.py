@@ -3,6 +3,7 @@ import datetime
 import gzip
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -66,24 +67,39 @@ def write_readme(folder: Path, title: str, what: str) -> None:
     """The README of a folder whose logs are in place; every number is computed from the logs."""
     record = check.read_folder(folder)
     runs = record.counted
-    statistics = check.statistics_rows(record, check.describe_statistics(record))
     parts = [f"# {title}", f"## What changed\n\n{what}", "## Setup\n\n" + format_markdown(["item", "value"], [
         ["hardware", one_of(runs, "hardware")], ["torch", one_of(runs, "torch")], ["CUDA", one_of(runs, "cuda")],
-        ["driver", one_of(runs, "driver")], ["steps", values_of(runs, lambda run: f"{run.num_iterations:,}")]]),
-        "## Results\n\n" + format_markdown(["statistic", "value"], statistics),
-        f"## All {len(runs)} runs\n\n{runs_table(runs)}"]
+        ["driver", one_of(runs, "driver")], ["steps", values_of(runs, lambda run: f"{run.num_iterations:,}")]])]
+    parts += describe_sides(folder, record) if record.has_sides else describe_runs(folder, record)
+    if record.failed:
+        rows = [[run.name[:8], f"{run.last_step:,} of {run.num_iterations:,}"] for run in record.failed]
+        parts.append("## Runs that did not finish\n\n" + format_markdown(["log", "last step"], rows))
+    parts.append("Every curve and table: [report.html](report.html), to be opened in a browser.")
+    write_text(folder / "README.md", "\n\n".join(parts) + "\n")
+
+
+def describe_runs(folder: Path, record: check.Folder) -> list[str]:
+    """Results of the runs, and what they are against the baseline's."""
+    statistics = check.statistics_rows(record, check.describe_statistics(record))
+    parts = ["## Results\n\n" + format_markdown(["statistic", "value"], statistics),
+             f"## All {len(record.counted)} runs\n\n{runs_table(record.counted)}"]
     baseline = [run for run in record.baseline if run.finished]
     if baseline:
         r = compare.compare_sides(*map(compare.read_side, (folder / "baseline", folder)))
         parts.append(describe_baseline(baseline, r))
         if record.experiment:
             claims = "\n".join(f"- {claim}" for claim in claims_of_difference(r))
-            parts.insert(1, f"A is the baseline. B are the other runs.\n\n{claims}")
-    if record.failed:
-        rows = [[run.name[:8], f"{run.last_step:,} of {run.num_iterations:,}"] for run in record.failed]
-        parts.append("## Runs that did not finish\n\n" + format_markdown(["log", "last step"], rows))
-    parts.append("Every curve and table: [report.html](report.html), to be opened in a browser.")
-    write_text(folder / "README.md", "\n\n".join(parts) + "\n")
+            parts.insert(0, f"A is the baseline. B are the other runs.\n\n{claims}")
+    return parts
+
+
+def describe_sides(folder: Path, record: check.Folder) -> list[str]:
+    """Several sides against the first, and the runs of each."""
+    names = sorted({check.role_of(run.path, folder) for run in record.baseline + record.record + record.other})
+    sides = [compare.read_side(folder / name) for name in names]
+    tables = compare.tables_of_several(compare.compare_several(sides[0], sides[1:]))
+    return ["## Results"] + [f"{table.caption}:\n\n{format_markdown(table.header, table.rows)}" for table in tables] + [
+        f"## All {len(side.runs)} runs of {side.name}\n\n{runs_table(side.runs)}" for side in sides]
 
 
 def describe_baseline(baseline: list[Run], r: dict) -> str:
@@ -121,10 +137,11 @@ def refresh_leaderboard(records: Path) -> None:
 
 
 def new(name: str, date: str, logs: list[Path], baseline: list[Path], what: str, as_json: bool,
-        records: Path = RECORDS, experiment: bool = False) -> int:
+        records: Path = RECORDS, experiment: bool = False, sides: Sequence[Path] = ()) -> int:
     """Makes records/DATE_NAME, refreshes the leaderboard, and returns what `check` says of the folder.
 
-    experiment: makes records/experiments/DATE_NAME instead, which the leaderboard does not list. Raises RecordError,
+    experiment: makes records/experiments/DATE_NAME instead, which the leaderboard does not list. sides: of an
+    experiment, folders A, B, C, ... of logs, which stay apart, in place of `logs` and `baseline`. Raises RecordError,
     and leaves nothing behind, if a log is damaged or no log is finished.
     """
     if not is_date(date) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
@@ -134,8 +151,9 @@ def new(name: str, date: str, logs: list[Path], baseline: list[Path], what: str,
         raise RecordError(f"{folder} exists already: choose another name.")
     folder.mkdir(parents=True)
     try:
-        if not copy_logs(logs, folder, folder / "failed"):
-            raise RecordError("none of the logs is finished: a record needs finished runs.")
+        for paths, place in [([side], folder / side.name) for side in sides] or [(logs, folder)]:
+            if not copy_logs(paths, place, folder / "failed"):
+                raise RecordError("none of the logs is finished: a record needs finished runs.")
         copy_logs(baseline, folder / "baseline", folder / "failed")
         write_readme(folder, f"{date} {name}", what)
         write_text(folder / "report.html", page_of(folder))

@@ -65,6 +65,18 @@ def test_an_experiment_stays_apart_and_is_not_held_to_the_records_task(records_f
     assert check.check(folder, True) == 1
 
 
+def test_an_experiment_of_several_sides(records_folder, tmp_path):
+    """Each side stays apart."""
+    sides = [logs.write_logs(tmp_path / name, [
+        replace(spec, gpus=(), loss=spec.loss + 0.01 * i, seed=spec.seed + 50 * i, source=f"{spec.source}# {name}")
+        for spec in logs.record_specs()]) for i, name in enumerate("ABC")]
+    assert new.new("X", "2026-01-02", [], [], "A question.", False, records_folder, experiment=True, sides=sides) == 0
+    folder = records_folder / "experiments" / "2026-01-02_X"
+    readme = (folder / "README.md").read_text()
+    assert "| C - A | +0.020000 |" in readme and "## All 8 runs of C" in readme
+    assert [len(list((folder / name).glob("*.gz"))) for name in "ABC"] == [8, 8, 8]
+
+
 def test_the_leaderboard_gets_a_row_and_keeps_the_others(records_folder):
     before = (records_folder / "README.md").read_text()
     make(records_folder)
