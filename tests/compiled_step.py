@@ -221,7 +221,7 @@ def weights(bank: tgm.Bank) -> torch.Tensor:
 
 def updates(config: tgm.Run, world: tgm.World, compiled: Callable) -> dict[str, torch.Tensor]:
     """What each of two steps on fixed gradients adds to the weights, in fp32, by bank; the other states at the end."""
-    model, found = random_model(config), {}
+    model, found = random_model(config).to(world.device), {}
     optimizer = tgm.Optimizer(model, config, world, compiled)
     for step in (2 * config.update_every - 1, 3 * config.update_every - 1):  # at which all groups update
         before = {name: weights(bank) for name, bank in optimizer.banks.items()}

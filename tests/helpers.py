@@ -270,7 +270,7 @@ def give_gradients(model: tgm.GPT, world: tgm.World, step: int) -> None:
     """To every parameter, another one on every rank."""
     generator = torch.Generator().manual_seed(100 * step + world.rank)
     for p in model.parameters():
-        p.grad = torch.randn(p.shape, generator=generator).bfloat16().to(p.dtype)
+        p.grad = torch.randn(p.shape, generator=generator).bfloat16().to(p)
 
 
 class Watch(memory.Watch):

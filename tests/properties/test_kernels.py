@@ -13,7 +13,6 @@ import fake_gpu
 import kernel_specs
 import train_gpt_medium as tgm
 from helpers import DEVICE, relative
-from plain_optimizer import NEWTON_SCHULZ_COEFFICIENTS
 
 pytest.importorskip("triton", reason="triton is not installed: its interpreter runs the kernels")
 from interpreter import check_addresses, fix_rounding
@@ -207,9 +206,9 @@ def test_operations_do_what_they_declare(request, monkeypatch, version, name, ar
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_newton_schulz_through_the_kernel_equals_the_plain_one(kernels, monkeypatch, dtype):
     x = randn(2, 128, 192, seed=1, dtype=dtype)
-    ours = tgm.newton_schulz(x, NEWTON_SCHULZ_COEFFICIENTS)
+    ours = tgm.newton_schulz(x, tgm.NEWTON_SCHULZ)
     monkeypatch.setattr(tgm, "runs_kernels", lambda *_: False)
-    plain = tgm.newton_schulz(x.float(), NEWTON_SCHULZ_COEFFICIENTS)
+    plain = tgm.newton_schulz(x.float(), tgm.NEWTON_SCHULZ)
     # fp32: bound of SPEC 8 for another order of sums. Shorter: a few roundings in each of five steps, whose slopes at
     # singular value 1, where nearly all end up, are at most 1; twice what one step's six roundings give.
     assert relative(ours, plain) < (1e-4 if dtype == torch.float32 else 12 * torch.finfo(dtype).eps)
