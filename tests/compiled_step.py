@@ -34,10 +34,9 @@ COMPILED = partial(torch.compile, dynamic=False, fullgraph=True)
 LAUNCHES: list[str] = []  # names of TorchInductor's kernels, one for each launch
 
 
-def run(expression: str, first_on_path: Iterable = ()) -> Any:
+def run(expression: str) -> Any:
     """The JSON value of an expression in this module's names, in a process of its own."""
-    return fake_gpu.run_with_driver("compiled_step", expression, [*map(str, first_on_path), *sys.path],
-                                    TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    return fake_gpu.run_with_driver("compiled_step", expression, sys.path, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 
 
 class Called(fake_gpu.OnCPU):

@@ -1,5 +1,4 @@
 """What only a CUDA GPU can show: FlexAttention with its gradients, the compiled optimizer, a run of the script."""
-import gc
 import subprocess
 import sys
 
@@ -7,7 +6,6 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed: it comes with torch for GPUs")
-import memory
 import train_gpt_medium as tgm
 from compiled_step import COMPILED, errors_of, updates
 from helpers import ALONE, CPU, TRAINER, as_window, random_ids, randomise, relative, small_config, write_text_folder
@@ -58,15 +56,6 @@ def test_compiled_model_equals_the_dense_path(preset):
     assert {name: error for name, error in errors.items() if not error < len(config.layers) * 3 * 2 ** -9} == {}
 
 
-def test_block_lists_on_the_gpu_are_the_cpus():
-    ids = random_ids(65536, small_config(), mean_doc=700)
-    on_cpu, on_gpu = (tgm.block_masks(x, (as_window(5).to(x.device), as_window(2).to(x.device)), 256)
-                      for x in (ids, ids.cuda()))
-    for cpu_mask, gpu_mask in zip(on_cpu, on_gpu):
-        for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_indices"):
-            assert torch.equal(getattr(cpu_mask, name), getattr(gpu_mask, name).cpu()), name
-
-
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 0.03)])
 def test_compiled_updates_equal_the_cpus(dtype, bound):
     """In bf16 through the kernel: SPEC 8's bounds for another order of operations."""
@@ -104,25 +93,6 @@ def test_no_step_waits_for_the_gpu():
         torch.cuda.set_sync_debug_mode("default")
     assert watch.answer.is_pinned()  # a copy into other memory waits, which the mode does not see
     watch.read()
-
-
-@pytest.mark.parametrize("micro_seq_len", (16384, 4096))
-def test_warm_up_takes_the_memory_that_is_estimated(micro_seq_len):
-    """Within the margin that is added for what is not counted."""
-    config = small_config(
-        layers=(tgm.Layer(value_embed=0, long_window=True), tgm.Layer(attention=False), tgm.Layer(skip_from=0)),
-        backout_from=1, vocab_size=16385, doc_token=16384, num_heads=4, head_dim=128, num_slices=1, seq_len=16384,
-        micro_seq_len=micro_seq_len, val_seq_len=16384, val_tokens=16384)
-    estimated = memory.count(config, 1)
-    torch._dynamo.reset()
-    x = torch.ones(128, 128, device="cuda", dtype=torch.bfloat16)
-    x @ x  # the library's workspace stays for good
-    gc.collect()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    warmed_up(config)
-    peak = torch.cuda.max_memory_allocated() - before
-    assert estimated / memory.ALLOCATOR_MARGIN < peak < estimated * memory.ALLOCATOR_MARGIN
 
 
 def test_the_script_runs_under_torchrun(tmp_path):
