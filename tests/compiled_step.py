@@ -34,10 +34,9 @@ COMPILED = partial(torch.compile, dynamic=False, fullgraph=True)
 LAUNCHES: list[str] = []  # names of TorchInductor's kernels, one for each launch
 
 
-def run(expression: str, first_on_path: Iterable = ()) -> Any:
+def run(expression: str) -> Any:
     """The JSON value of an expression in this module's names, in a process of its own."""
-    return fake_gpu.run_with_driver("compiled_step", expression, [*map(str, first_on_path), *sys.path],
-                                    TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    return fake_gpu.run_with_driver("compiled_step", expression, sys.path, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 
 
 class Called(fake_gpu.OnCPU):
@@ -221,7 +220,7 @@ def weights(bank: tgm.Bank) -> torch.Tensor:
 
 def updates(config: tgm.Run, world: tgm.World, compiled: Callable) -> dict[str, torch.Tensor]:
     """What each of two steps on fixed gradients adds to the weights, in fp32, by bank; the other states at the end."""
-    model, found = random_model(config), {}
+    model, found = random_model(config).to(world.device), {}
     optimizer = tgm.Optimizer(model, config, world, compiled)
     for step in (2 * config.update_every - 1, 3 * config.update_every - 1):  # at which all groups update
         before = {name: weights(bank) for name, bank in optimizer.banks.items()}

@@ -1,4 +1,5 @@
 """What several tests need: the golden weights, small configurations, shards, processes, and runs that are watched."""
+import copy
 import json
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.utils._pytree import tree_leaves
 
+import audit
 import memory
 import train_gpt_medium as tgm
 from plain_twin import twin_of
@@ -187,14 +189,9 @@ def environment(**changes) -> dict[str, str]:
     return clean | {"PATH": f"{os.path.dirname(sys.executable)}:{clean['PATH']}", "CUDA_VISIBLE_DEVICES": ""} | changes
 
 
-def tensors(tree, path="") -> dict:
-    """Every leaf of nested dicts and lists, by path; tensors are copied."""
-    if isinstance(tree, torch.Tensor):
-        return {path: tree.detach().clone()}
-    if isinstance(tree, (dict, list, tuple)):
-        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-        return {k: v for key, value in items for k, v in tensors(value, f"{path}/{key}").items()}
-    return {path: tree}
+def tensors(tree) -> dict:
+    """Copies of all leaves of nested dicts and lists, by path."""
+    return copy.deepcopy(dict(audit.leaves(tree)))
 
 
 def same(a, b) -> bool:
@@ -270,7 +267,7 @@ def give_gradients(model: tgm.GPT, world: tgm.World, step: int) -> None:
     """To every parameter, another one on every rank."""
     generator = torch.Generator().manual_seed(100 * step + world.rank)
     for p in model.parameters():
-        p.grad = torch.randn(p.shape, generator=generator).bfloat16().to(p.dtype)
+        p.grad = torch.randn(p.shape, generator=generator).bfloat16().to(p)
 
 
 class Watch(memory.Watch):

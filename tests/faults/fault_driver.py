@@ -91,16 +91,12 @@ class Started:
                 os.kill(int(path.read_text()), signal.SIGKILL)
 
 
-def state_of(pid: int) -> str:
-    """R, S, T (stopped), Z (dead, not waited for), or nothing where there is no such process."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return ""
-
-
 def is_alive(pid: int) -> bool:
-    return state_of(pid) not in ("", "Z")
+    """Whether there is such a process that is not dead and waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def wait_for(condition, limit_s: float = LIMIT_S) -> None:

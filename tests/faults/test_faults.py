@@ -10,8 +10,8 @@ import torch
 
 import records
 import train_gpt_medium as tgm
-from fault_driver import Started, is_alive, state_of, wait_for, write_copy
-from helpers import ALONE, FEW_LAYERS, ROOT, free_port, random_ids, same, small_config, tensors, write_shard
+from fault_driver import Started, is_alive, wait_for, write_copy
+from helpers import ALONE, FEW_LAYERS, ROOT, random_ids, same, small_config, tensors, write_shard
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists() or torch.cuda.is_available(),
                                 reason="reads the state of processes in /proc, and starts ranks without GPUs")
@@ -145,8 +145,10 @@ def test_the_traceback_of_the_rank_that_failed_comes_first(place, capsys):
     assert [Path(path).name for path in saved(place, 2)] == ["step_000002", "step_000004"]
 
 
-def test_two_ranks_resume_after_one_fault_after_the_other(place, straight, capsys):
-    """Killed while it saves, told to stop through the launcher by each signal, one nan: the end is a straight run's.
+@pytest.mark.parametrize("stops", [[signal.SIGHUP], pytest.param([signal.SIGTERM, signal.SIGINT],
+                                                                 marks=pytest.mark.slow)])
+def test_two_ranks_resume_after_one_fault_after_the_other(place, straight, capsys, stops):
+    """Killed while it saves, told to stop through the launcher by a signal, one nan: the end is a straight run's.
 
     Where one rank alone has the newest checkpoint, all resume from the one before it.
     """
@@ -154,9 +156,8 @@ def test_two_ranks_resume_after_one_fault_after_the_other(place, straight, capsy
     (path,) = saved(place, 2)
     assert path.endswith("step_000002") and [Path(path).name for path in saved(place)] == ["step_000002", "step_000004"]
     where, first = str(Path(path).parent), 2  # the run's folder: its last checkpoint is meant
-    for fault, number, last in (("wait * 5", signal.SIGTERM, 5), ("wait * 6", signal.SIGHUP, 6),
-                                ("wait * 7", signal.SIGINT, 7)):
-        with Started(place, fault, ranks=2, RESUME_FROM=where) as started:
+    for last, number in enumerate(stops, start=8 - len(stops)):  # the last at 7: until 8 nothing is saved
+        with Started(place, f"wait * {last}", ranks=2, RESUME_FROM=where) as started:
             for rank in started.ranks:
                 started.reach(f"waiting_{rank}")
             started.send(number)
@@ -173,7 +174,7 @@ def test_two_ranks_resume_after_one_fault_after_the_other(place, straight, capsy
                                       rf"RESUME_FROM={where} resumes from the last checkpoint\.", sentence(console))
     assert len(re.findall("^error: ", console, re.M)) == 1  # which both ranks found
     assert losses(newest_log(place)) == {}
-    assert_resumes(place, where, 7, straight, ranks=2)
+    assert_resumes(place, where, first, straight, ranks=2)
     code, console = run(place, RESUME_FROM=where)
     assert code == 1 and f"{where}/rank_0.pt was made with another number of ranks (2, here 1): " in sentence(console)
 
@@ -192,12 +193,12 @@ def test_a_signal_ends_the_run_after_its_step(place, straight, capsys, number):
     assert console.endswith(f"\nerror: {ended}\n") and newest_log(place).endswith(f"\nstopped: {ended}\n")
     assert last_step(newest_log(place)) == 3
     assert_unfinished(place, capsys)
-    assert_resumes(place, path, 3, straight)
-    assert f" was resumed from {path}\n" in check(place, capsys)
+    if number == signal.SIGTERM:
+        assert_resumes(place, path, 3, straight)
+        assert f" was resumed from {path}\n" in check(place, capsys)
 
 
-@pytest.mark.parametrize("number, ranks", [(signal.SIGTERM, 0), (signal.SIGHUP, 0), (signal.SIGINT, 0),
-                                           (signal.SIGTERM, 2)])
+@pytest.mark.parametrize("number, ranks", [(signal.SIGHUP, 0), (signal.SIGTERM, 2)])
 def test_without_checkpoints_a_signal_ends_the_run_at_once(config, tmp_path, capsys, number, ranks):
     write_copy(tmp_path / "train.py", tgm.replace(config, checkpoint_every=0))
     with Started(tmp_path, "wait * 3", ranks) as started:
@@ -211,24 +212,9 @@ def test_without_checkpoints_a_signal_ends_the_run_at_once(config, tmp_path, cap
     assert not (tmp_path / "checkpoints").exists()
 
 
-@pytest.mark.slow  # 30 s, which torchrun waits for its ranks to end
-def test_torchrun_kills_a_step_that_cannot_end(place, capsys):
-    """The other rank stands still."""
-    with Started(place, "freeze 1 5", ranks=2) as started:
-        pids = [started.pid(rank) for rank in started.ranks]
-        wait_for(lambda: state_of(pids[1]) == "T")
-        started.send(signal.SIGTERM)
-        code, _ = started.finish(30 + DOWN_S)
-        assert not any(map(is_alive, pids))
-    assert code != 0
-    assert_unfinished(place, capsys)
-    assert [Path(path).name for path in saved(place, 2)] == ["step_000002", "step_000004"]
-
-
 # ---- a checkpoint that was not completed, is damaged, or is another run's
 
-@pytest.mark.parametrize("where, last", [("none", 2), ("one", 2), ("half", 2), ("all-but-one", 2), ("all", 2),
-                                         ("written", 2), ("renamed", 4)])
+@pytest.mark.parametrize("where, last", [("none", 2), ("half", 2), ("written", 2), ("renamed", 4)])
 def test_killed_while_a_checkpoint_is_written(place, straight, capsys, where, last):
     code, console = run(place, f"die_writing 0 {where}")
     assert code == -signal.SIGKILL, console
@@ -305,19 +291,8 @@ def test_another_runs_checkpoint_is_refused_with_what_differs(config, copied, tm
         assert console.count("\n") == 1
 
 
-def test_more_ranks_than_wrote_a_checkpoint(copied):
-    folder = str(Path(saved(copied)[-1]).parent)
-    variables = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(),
-                     RESUME_FROM=folder)
-    with Started(copied, RANK="0", **variables) as one, Started(copied, RANK="1", **variables) as other:
-        (code, console), (other_code, other_console) = one.finish(), other.finish()
-    assert code == other_code == 1 and sentence(console) == sentence(other_console)
-    assert sentence(console).startswith(f"{folder}/rank_0.pt cannot be read (No such file or directory): ")
-
-
 def test_a_checkpoint_that_is_not_there(place):
-    for where, reason in (("nowhere", "No such file or directory"), ("checkpoints", "No such file or directory"),
-                          ("nowhere/step_000002", "No such file or directory"), ("train.py", "Not a directory")):
+    for where, reason in (("nowhere/step_000002", "No such file or directory"), ("train.py", "Not a directory")):
         code, console = run(place, RESUME_FROM=where)
         assert code == 1 and console.count("\n") == 1
         assert console.startswith(f"error: {where}/rank_0.pt cannot be read ({reason}): ")
@@ -361,20 +336,6 @@ def test_a_file_in_a_folders_place(place, name):
     code, console = run(place)
     assert code == 1 and re.fullmatch(rf"error: {name}/\S+ cannot be written \(.*File exists.*\): .+\.\n", console)
     assert (place / name).read_text() == "here"
-
-
-def test_two_runs_in_one_folder(place, straight):
-    with Started(place) as one, Started(place) as other:
-        for started in (one, other):
-            code, console = started.finish()
-            assert code == 0, console
-    logs = [path.read_text() for path in place.glob("logs/*.txt")]
-    assert [losses(log) for log in logs] == [straight[1]] * 2
-    folders = list(place.glob("checkpoints/*"))
-    assert len(folders) == 2
-    for folder in folders:
-        assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*")) == [
-            "step_000006/rank_0.pt", "step_000008/rank_0.pt"]
 
 
 def test_the_readme_lists_every_fault_and_every_file():

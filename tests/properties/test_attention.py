@@ -1,4 +1,4 @@
-"""The block mask against its definition token by token, and compiled FlexAttention against the dense path."""
+"""Block masks against the plain twin's and token by token, and compiled FlexAttention against the dense path."""
 import shutil
 
 import pytest
@@ -11,43 +11,10 @@ from helpers import DISTINCT_PRESETS, as_window, random_ids, small_config
 needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 
 
-def mask_by_definition(ids: list[int], doc_token: int, w: int) -> torch.Tensor:
-    """SPEC section 3 in loops: which query attends which key, [T, T] bool."""
-    doc, docs = 0, []
-    for token in ids:
-        doc += token == doc_token
-        docs.append(doc)
-    num_blocks = len(ids) // 128
-    spans = [set(docs[128 * b:128 * (b + 1)]) for b in range(num_blocks)]
-    mask = torch.zeros(len(ids), len(ids), dtype=torch.bool)
-    for i in range(num_blocks):
-        full = [j for j in range(i - 1, -1, -1) if len(spans[i] | spans[j]) == 1]
-        partial = [j for j in range(i, -1, -1)
-                   if min(spans[i]) <= max(spans[j]) and min(spans[j]) <= max(spans[i]) and j not in full]
-        for j in full[:max(w - 1, 0)]:
-            mask[128 * i:128 * (i + 1), 128 * j:128 * (j + 1)] = True
-        for j in partial[:max(w - len(full), 1)]:
-            for q in range(128 * i, 128 * (i + 1)):
-                for k in range(128 * j, min(128 * (j + 1), q + 1)):
-                    mask[q, k] = docs[q] == docs[k]
-    return mask
-
-
 BLOCK_LISTS = [(f"{kind}_num_blocks", f"{kind}_indices") for kind in ("kv", "full_kv", "q", "full_q")]
 LAYOUTS = {"one document": [0], "no mark": [], "borders on blocks": [0, 128, 512],
            "around borders": [127, 129, 255, 257], "short": list(range(0, 640, 37)),
            "long after short": [5, 6, 7, 200], "last token": [639]}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("w", [0, 1, 2, 3, 4, 5, 9])
-def test_mask_is_the_definition(layout, w):
-    ids = torch.zeros(640, dtype=torch.int32)
-    ids[LAYOUTS[layout]] = 7
-    mask, = tgm.block_masks(ids, (as_window(w),), 7)
-    ours = tgm.dense_mask(mask)
-    assert torch.equal(ours, mask_by_definition(ids.tolist(), 7, w))
-    assert ours.diagonal().all()  # no query without a key
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -86,18 +53,23 @@ def test_rows_are_called_safe_only_if_their_first_tile_is(options, right):
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 5, 12])
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_block_lists_are_the_sorted_ones(seed, num_blocks):
-    """All eight tensors that FlexAttention reads, against the twin, which sorts; entries past a number are free."""
+    """All eight tensors that FlexAttention reads, against the twin, which sorts; entries past a number are free.
+
+    And which pairs attend, of them every token to itself.
+    """
     T, generator = 128 * num_blocks, torch.Generator().manual_seed(seed)
     ids = torch.zeros(T, dtype=torch.int32)
     borders = 128 * torch.randint(0, num_blocks, (4,), generator=generator)
     starts = [torch.rand(T, generator=generator) < 1 / 150, borders,
-              (borders + torch.randint(-1, 2, (4,), generator=generator)).clamp(0, T - 1), []][seed % 4]
+              (borders + torch.randint(-1, 2, (4,), generator=generator)).clamp(0, T - 1), []][seed]
     ids[starts] = 7
     windows = [as_window(w) for w in range(num_blocks + 3)]
     for w, mask in zip(windows, tgm.block_masks(ids, tuple(windows), 7), strict=True):
         twin = plain_twin.window_block_mask(ids, w, 7)
+        attended = tgm.dense_mask(mask)
+        assert torch.equal(attended, tgm.dense_mask(twin)) and attended.diagonal().all()
         for number, index in BLOCK_LISTS:
             count = getattr(mask, number)
             assert torch.equal(count, getattr(twin, number)) and count.dtype == torch.int32
@@ -115,15 +87,16 @@ def test_long_and_short_layers_use_their_windows(preset, monkeypatch):
     monkeypatch.setattr(tgm, "SHORT_WINDOW_KERNEL", {"fwd_BLOCK_M": 128})
     ids = torch.zeros(1024, dtype=torch.int32)
     config.make_model().latents(ids, as_window(5))
-    long_mask, short_mask = (mask_by_definition(ids.tolist(), 256, w) for w in (5, 5 // config.short_window_divisor))
+    long_mask, short_mask = (tgm.dense_mask(plain_twin.window_block_mask(ids, as_window(w), 256))
+                             for w in (5, 5 // config.short_window_divisor))
     for (mask, scale, kernel_options), layer in zip(seen, [row for row in config.layers if row.attention], strict=True):
         assert torch.equal(mask, long_mask if layer.long_window else short_mask) and scale == config.attention_scale
         assert kernel_options is (tgm.LONG_WINDOW_KERNEL if layer.long_window else tgm.SHORT_WINDOW_KERNEL)
 
 
 @needs_compiler
-@pytest.mark.parametrize("kv_heads, num_cases", [(2, 10), (1, 3)])
-def test_compiled_flex_attention_equals_the_dense_path(kv_heads, num_cases):
+def test_compiled_flex_attention_equals_the_dense_path():
+    """With one head of keys for two of queries."""
     T, H, D, doc_token = 1024, 2, 32, 256
 
     @torch.compile(fullgraph=True, dynamic=False)
@@ -132,15 +105,14 @@ def test_compiled_flex_attention_equals_the_dense_path(kv_heads, num_cases):
 
     generator = torch.Generator().manual_seed(3)
     q, k, v = torch.randn(3, 1, T, H, D, generator=generator).unbind(0)
-    k, v = k[:, :, :kv_heads], v[:, :, :kv_heads]
+    k, v = k[:, :, :1], v[:, :, :1]
     # Sums of up to T products, each rounded to 2^-24 of values that v bounds; a wrong pair shows at about |v| / T.
     tolerance = T * 2 ** -24 * v.abs().max().item()
     with torch.no_grad():
-        for case in range(num_cases):
-            ids = random_ids(T, small_config(), seed=case, mean_doc=(20, 200, 2000)[case % 3])
-            w = as_window(case % 10)  # 0 among them, as short layers see it
-            dense = tgm.attend(q, k, v, tgm.dense_mask(tgm.block_masks(ids, (w,), doc_token)[0]), 0.12, {})
-            torch.testing.assert_close(flex(q, k, v, ids, w), dense, rtol=0, atol=tolerance)
+        for w, mean_doc in enumerate((20, 200, 2000, 200, 2000, 20)):  # a window of 0 too, as short layers see it
+            ids = random_ids(T, small_config(), seed=w, mean_doc=mean_doc)
+            dense = tgm.attend(q, k, v, tgm.dense_mask(tgm.block_masks(ids, (as_window(w),), doc_token)[0]), 0.12, {})
+            torch.testing.assert_close(flex(q, k, v, ids, as_window(w)), dense, rtol=0, atol=tolerance)
 
 
 def test_fewer_heads_of_keys_each_serve_several_of_queries():

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import memory
 import train_gpt_medium as tgm
 from helpers import FEW_LAYERS, NUM_STEPS, assert_one_run, give_gradients, num_bytes, random_ids, run_ranks, \
     small_config, train_and_report, watch_a_step, write_shard, write_text_folder
@@ -83,19 +84,12 @@ def test_nothing_that_a_collective_reads_or_writes_is_touched_before_its_wait(re
         assert [name for name, p in late.items() if not torch.equal(p, on_time[name])] == []
 
 
-def make_optimizer(config: tgm.Config, size: int) -> tgm.Optimizer:
-    """The last rank's, without memory."""
-    world = tgm.World(size - 1, size, torch.device("meta"))
-    with world.device:
-        return tgm.Optimizer(config.make_model(), config, world)
-
-
 @pytest.mark.parametrize("size", [*SIZES, 3])
 @pytest.mark.parametrize("preset", tgm.PRESETS)
 def test_banks_are_the_groups_parameters_of_one_unit(preset, size):
     """At the preset's full size; a rank holds the states of its shards alone."""
     config = tgm.PRESETS[preset]()
-    optimizer = make_optimizer(config, size)
+    optimizer = memory.optimizer_of(config, size)
     assert [group for group, *_ in optimizer.groups] == [*config.groups]
     banked = [p for bank in optimizer.banks.values() for p in bank.params]
     assert sorted(map(id, banked)) == sorted(map(id, optimizer.params))
@@ -115,7 +109,7 @@ def test_a_step_sends_what_the_plan_says(reports, size):
     """Recorded at the process group: count, order, bytes; nothing on one rank; no more in a step with an outer one."""
     plan = [(operation, str(bank.buffer.dtype), bank.buffer.nbytes)
             for operation in ("alltoall_base_", "_allgather_base_") if size > 1
-            for bank in make_optimizer(ONE_STAGE, size).banks.values()]
+            for bank in memory.optimizer_of(ONE_STAGE, size).banks.values()]
     for rank_report in reports[size]:
         assert rank_report["watched"]["collectives"] == [plan] * NUM_STEPS
         assert rank_report["watched"]["padding_is_zero"]
@@ -124,7 +118,7 @@ def test_a_step_sends_what_the_plan_says(reports, size):
 @pytest.mark.parametrize("size", SIZES)
 def test_a_step_takes_no_more_memory_than_it_must(reports, size):
     """Besides parameters, the gradients it is given, and states."""
-    optimizer = make_optimizer(ONE_STAGE, size)
+    optimizer = memory.optimizer_of(ONE_STAGE, size)
     buffers = [bank.buffer for bank in optimizer.banks.values()]
     packed = sum(buffer.nbytes for buffer in buffers)
     received = packed if size > 1 else 0

@@ -4,6 +4,7 @@ from unittest import mock
 import pytest
 import torch
 
+import audit
 import train_gpt_medium as tgm
 from helpers import CPU, DISTINCT_PRESETS, random_ids, randomise, relative, small_config
 
@@ -18,38 +19,25 @@ def make_model(request):
     return make
 
 
-def inputs_of(model, step: int | None = None) -> dict[str, torch.Tensor]:
-    """The model's further inputs in a step; by default after the last one, where windows are longest."""
-    return tgm.inputs_at(model.config.num_iterations if step is None else step, model.config, CPU)
-
-
-def chunks_of_logits(model, ids: torch.Tensor, step: int | None = None) -> list[torch.Tensor]:
-    """[T / chunks, V] each, as the fused head's validation is given them."""
-    seen, cross_entropy = [], tgm.cross_entropy
-    with torch.no_grad(), mock.patch.object(model, "config", tgm.replace(model.config, fused_head=True)), \
-            mock.patch.object(tgm, "cross_entropy", lambda z, *rest: seen.append(z) or cross_entropy(z, *rest)):
-        model(ids, ids.long(), **inputs_of(model, step))
-    return seen
-
-
-def different_logits(model, ids: torch.Tensor, other: torch.Tensor, step: int | None = None) -> list[int]:
-    """Positions whose logits differ."""
-    one, other = (torch.cat(chunks_of_logits(model, x, step)) for x in (ids, other))
-    return (one != other).any(1).nonzero().flatten().tolist()
+def inputs_of(model) -> dict[str, torch.Tensor]:
+    """The model's further inputs after the last step, where windows are longest."""
+    return tgm.inputs_at(model.config.num_iterations, model.config, CPU)
 
 
 def test_a_validations_line_shows_numbers(make_model):
     assert all(isinstance(x, float) for x in make_model().report().values())
 
 
-@pytest.mark.parametrize("step", [0, None])
-def test_a_suffix_never_changes_earlier_logits(make_model, step):
+@pytest.mark.parametrize("share", [0, 1])
+def test_a_suffix_never_changes_earlier_logits(make_model, share):
+    """share: of the run, at whose end windows are longest."""
     model = make_model()
-    ids = random_ids(256, model.config)
+    ids, step = random_ids(256, model.config), share * model.config.num_iterations
+    logits = audit.record_logits(model, ids, step).logits
     for cut in (1, 127, 128, 200):
         changed = ids.clone()
         changed[cut:] = (changed[cut:] + 1) % model.config.doc_token
-        first, *_ = different_logits(model, ids, changed, step)
+        first, *_ = (audit.record_logits(model, changed, step).logits != logits).any(1).nonzero().flatten().tolist()
         assert first == cut, f"tokens changed from {cut} on, logits from {first} on"
 
 
@@ -115,8 +103,9 @@ def test_validations_loss_in_chunks_is_that_of_the_whole(make_model):
     model = make_model()
     ids, chunks = random_ids(513, model.config), model.config.val_loss_chunks
     arguments = ids[:-1], ids[1:].long()
-    assert [len(chunk) for chunk in chunks_of_logits(model, ids[:-1])] == [512 // chunks] * chunks
-    with torch.no_grad():
+    with torch.no_grad(), mock.patch.object(tgm, "cross_entropy", wraps=tgm.cross_entropy) as called:
         in_chunks = model(*arguments, **inputs_of(model))
+        lengths = [len(call.args[0]) for call in called.call_args_list]
+        assert lengths == [512 // chunks] * chunks or not model.config.fused_head
         model.config = tgm.replace(model.config, val_loss_chunks=1)
         assert in_chunks.item() == pytest.approx(model(*arguments, **inputs_of(model)).item(), rel=1e-6)

@@ -5,7 +5,6 @@ two stages with batches, lengths of pieces and windows (to the token) of their o
 other inputs of the model than the trainer's.
 """
 import re
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from helpers import CPU, TRAINER, environment, free_port, random_ids, write_shard
+from fault_driver import run_python
+from helpers import CPU, SERVER, TRAINER, environment, free_port, random_ids, write_shard
 from train_gpt_medium import Group, Run, Shard, Stage, attend, attention_masks, fused_head_loss, inputs_at, start
 
 WIDTH = 64
@@ -90,35 +90,38 @@ def seam() -> Recipe:
         val_tokens=1024, val_every=2, needs_gpu=False, kernel_warmup_steps=1, seed=1, checkpoint_every=2)
 
 
-def start_script(folder: Path, *launcher: str, **variables: str) -> subprocess.Popen:
-    """This file, alone or under torchrun."""
-    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=2", *launcher) if launcher else ()
-    return subprocess.Popen([sys.executable, *torchrun, __file__], cwd=folder, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, env=environment(
-                                OMP_NUM_THREADS="1", PYTHONPATH=":".join(sys.path), **variables))
+def start_script(folder: Path, name: str, *launcher: str, **variables: str) -> SERVER.Process:
+    """This file, alone or under torchrun; it prints into the file `name`."""
+    torchrun = ("-m", "torch.distributed.run", *launcher) if launcher else ()
+    process = SERVER.Process(name=str(folder / name), target=run_python, args=(
+        str(folder), [*torchrun, __file__], environment(OMP_NUM_THREADS="1", PYTHONPATH=":".join(sys.path),
+                                                        **variables), str(folder / name)))
+    process.start()
+    return process
+
+
+def finish(*processes: SERVER.Process) -> None:
+    for process in processes:
+        process.join(300)
+        assert process.exitcode == 0, Path(process.name).read_text()
 
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory) -> dict[str, str]:
-    """Of one rank, two, two launchers of two ranks each on the loopback, and two that resume the two."""
-    folders = {name: tmp_path_factory.mktemp(name) for name in ("one", "two", "first", "second")}
+    """Of one rank, two launchers of a rank each on the loopback, and one launcher of two that resume these."""
+    one, nodes = folders = [tmp_path_factory.mktemp(name) for name in ("one", "nodes")]
     period, config = random_ids(128, seam()), seam()
-    for folder in folders.values():  # all pieces are equal, so that losses are, to the last digit
+    for folder in folders:  # all pieces are equal, so that losses are, to the last digit
         write_shard(folder / "shards" / "text_train_000001.bin", [*period.repeat(40), period[0]])
         write_shard(folder / "shards" / "text_val_000000.bin", random_ids(1025, config))
-    node = ("--nnodes=2", "--rdzv_id=seam", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}",
-            "--local_addr=127.0.0.1")
-    started = [start_script(folders["one"]), start_script(folders["two"], "--standalone"),
-               start_script(folders["first"], *node), start_script(folders["second"], *node)]
-    outputs = [process.communicate(timeout=300)[0] for process in started]
-    (run,) = (folders["two"] / "checkpoints").iterdir()
-    started.append(start_script(folders["two"], "--standalone", RESUME_FROM=str(run / "step_000002")))
-    outputs.append(started[-1].communicate(timeout=300)[0])
-    assert [process.returncode for process in started] == [0] * 5, outputs
-    paths = {name: [*folder.glob("logs/*")] for name, folder in folders.items()}
-    (one,), (nodes,) = paths["one"], paths["first"] + paths["second"]  # of both nodes: rank 0 writes
-    two, resumed = sorted(paths["two"], key=lambda path: path.stat().st_mtime)
-    return {name: path.read_text() for name, path in dict(one=one, two=two, nodes=nodes, resumed=resumed).items()}
+    node = ("--nproc_per_node=1", "--nnodes=2", "--rdzv_id=seam", "--rdzv_backend=c10d",
+            f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--local_addr=127.0.0.1")
+    finish(start_script(one, "alone"), start_script(nodes, "first", *node), start_script(nodes, "second", *node))
+    (run,) = (nodes / "checkpoints").iterdir()
+    finish(start_script(nodes, "resumed", "--standalone", "--nproc_per_node=2", RESUME_FROM=str(run / "step_000002")))
+    paths = dict(zip(("one", "nodes", "resumed"), (*one.glob("logs/*"), *sorted(
+        nodes.glob("logs/*"), key=lambda path: path.stat().st_mtime)), strict=True))  # rank 0 writes
+    return {name: path.read_text() for name, path in paths.items()}
 
 
 def fields(log: str) -> list[tuple[str, ...]]:
@@ -128,7 +131,7 @@ def fields(log: str) -> list[tuple[str, ...]]:
 
 def test_ranks_and_nodes_train_as_one(logs):
     one = fields(logs["one"])
-    assert fields(logs["two"]) == fields(logs["nodes"]) == one
+    assert fields(logs["nodes"]) == one
     assert fields(logs["resumed"]) == one[3:]  # from the validation after step 2 on
     assert [(step, further) for step, loss, further in one if not loss] == [
         ("1", "tokens:512 reach:69 temperature:1"), ("2", "tokens:1024 reach:69 temperature:1.25"),

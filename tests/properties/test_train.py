@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+import audit
+import run_log
 import train_gpt_medium as tgm
-from helpers import ALONE, CPU, DISTINCT_PRESETS, FEW_LAYERS, Watch, enter, same, small_config, tensors, \
-    write_text_folder
+from helpers import ALONE, CPU, DISTINCT_PRESETS, FEW_LAYERS, Watch, enter, same, small_config, write_text_folder
 
 SIZES = dict(layers=FEW_LAYERS, backout_from=1, dtype=torch.float32, num_slices=2, seq_len=128, val_seq_len=128,
              val_tokens=512)
@@ -29,20 +30,13 @@ def read_log(folder) -> str:
 
 def test_warm_up_leaves_no_trace(tiny_run):
     config = tgm.replace(tiny_run, dtype=torch.bfloat16)  # with mantissas, which are states too
-    torch.manual_seed(0)
     model = config.make_model()
     optimizer = tgm.Optimizer(model, config, ALONE)
     storages, touched, step = [p.data_ptr() for p in model.parameters()], [], optimizer.step
-
-    def state() -> dict:
-        return tensors({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "training": model.training,
-                        "grads": [p.grad for p in model.parameters()], "rng": torch.get_rng_state(),
-                        "numpy": [str(part) for part in np.random.get_state()]})
-
-    before = state()
+    before = audit.traces(model, optimizer)
     optimizer.step = lambda n: (step(n), touched.append(n))
     tgm.warm_up(model, optimizer, ALONE)
-    after = state()
+    after = audit.traces(model, optimizer)
     assert touched == [0, 3]  # spread over six iterations, an outer step among them
     assert before.keys() == after.keys()
     assert [key for key in before if not same(before[key], after[key])] == []
@@ -103,39 +97,28 @@ def test_a_mean_of_gradients_is_taken_in_fp32_without_another_copy():
 
 @pytest.mark.parametrize("preset", DISTINCT_PRESETS)
 def test_log_is_the_whole_truth(tiny_run, preset, tmp_path, capsys):
-    """Of a whole run in the preset's dtypes."""
-    config = small_config(preset, **SIZES | dict(dtype=tgm.PRESETS[preset]().dtype, data_dir=tiny_run.data_dir))
+    """Of a whole run."""
+    config = small_config(preset, **SIZES, data_dir=tiny_run.data_dir)
     val_loss = tgm.main(config)
-    log = read_log(tmp_path)
-    source, environment, steps = log.split("=" * 100 + "\n")[-3:]
+    log, (path,) = read_log(tmp_path), (tmp_path / "logs").iterdir()
+    run, report = run_log.read_log(path), config.make_model().report()
     assert log.startswith(open(tgm.__file__).read())
-    for name, value in vars(config).items():
-        assert f"\n{name} = {value!r}\n" in environment
-    assert f"PyTorch {torch.__version__}" in environment and "seed drawn or given: 1\n" in environment
-    assert "SYNTHETIC" not in environment
-    *lines, last = steps.splitlines()
-    assert re.fullmatch(r"peak memory: \d+ MiB resident", last)
-    figures = [line for line in lines if "train_time" not in line]  # which come later than the step's own line
-    lines = [line for line in lines if line not in figures]
-    names = ["train_loss", *(f"grad_norm_{name}" for name in tgm.Optimizer(config.make_model(), config, ALONE).banks)]
-    for step, line in enumerate(figures, start=1):
-        assert re.fullmatch(f"step:{step}/6 " + " ".join(rf"{name}:\d[\d.e+-]*" for name in names), line)
-    assert len(figures) == 6
-    parts = [re.fullmatch(r"step:(\d+)/6 (?:val_loss:(\d+\.\d{6}) )?train_time:(\d+)ms step_avg:\d+\.\d\dms (.*)",
-                          line).groups() for line in lines]
+    assert {name: repr(value) for name, value in vars(config).items()}.items() <= run.constants.items()
+    assert run.environment.torch == torch.__version__ and "\nseed drawn or given: 1\n" in log
+    assert "SYNTHETIC" not in log.split("=" * 100 + "\n")[-2] and run.peak_memory_mib > 0
     tokens = np.cumsum([0, *map(config.batch_tokens, range(6))])
-    assert [(int(step), further) for step, loss, _, further in parts if loss is None] == [
-        (step, " ".join(f"{name}:{x}" for name, x in {"tokens": tokens[step], **config.step_fields(step - 1)}.items()))
-        for step in range(1, 7)]
-    validations = [groups for groups in parts if groups[1] is not None]
-    assert [int(step) for step, *_ in validations] == [0, 4, 6]  # the last one out of turn
-    assert float(validations[-1][1]) == pytest.approx(val_loss, abs=1e-6)
-    names = [dict(re.findall(r"(\w+):(-?\d+\.\d{6})", further)).keys() for *_, further in validations]
-    assert names == [config.make_model().report().keys()] * 3
-    assert validations[0][3] != validations[-1][3]
-    times = [int(milliseconds) for _, _, milliseconds, _ in parts]
-    assert times[0] == 0 and times == sorted(times)
-    assert lines[-1] in capsys.readouterr().out
+    assert run.finished and run.tokens.tolist() == tokens.tolist()
+    figures = {"train_loss", *(f"grad_norm_{name}" for name in tgm.Optimizer(config.make_model(), config, ALONE).banks)}
+    for step in range(1, 7):
+        given, found = {"tokens": tokens[step], **config.step_fields(step - 1)}, run.step_fields[step]
+        assert found.keys() == given.keys() | figures and all(found[name] == x for name, x in given.items()), step
+    assert [v.step for v in run.validations] == [0, 4, 6]  # the last one out of turn
+    assert run.final_loss == pytest.approx(val_loss, abs=1e-6)
+    assert [v.extras.keys() for v in run.validations] == [report.keys()] * 3
+    assert run.validations[0].extras != run.validations[-1].extras
+    times = [0, *(ms for _, ms in run.step_ms)]
+    assert run.validations[0].train_ms == 0 and times == sorted(times) and len(times) == 7
+    assert f"val_loss:{val_loss:.6f}" in capsys.readouterr().out
 
 
 def losses_of(folder) -> list[str]:

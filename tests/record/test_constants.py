@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import memory
 import train_gpt_medium as tgm
 from helpers import ROOT, as_window, golden, random_ids, small_config
 
@@ -97,9 +98,7 @@ def test_presets():
 
 def test_communication_plan_of_the_record():
     """A bank for each row: a collective of so many bytes in either direction, 12 in all, on 8 ranks."""
-    world = tgm.World(0, 8, torch.device("meta"))
-    with world.device:
-        banks = tgm.Optimizer(RECORD.make_model(), RECORD, world).banks
+    banks = memory.optimizer_of(RECORD, 8).banks
     assert [(name, bank.buffer.dtype, bank.buffer.numel() - bank.padding, bank.padding, bank.buffer.nbytes)
             for name, bank in banks.items()] == [
         ("mlp_fc", BF16, 67108864, 0, 134217728), ("mlp_proj", BF16, 67108864, 0, 134217728),

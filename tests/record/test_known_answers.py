@@ -5,7 +5,6 @@ import torch.nn.functional as F
 
 import plain_twin
 import train_gpt_medium as tgm
-from test_pieces import difference_of_halves
 from helpers import DEVICE, as_window, golden, golden_weights, random_ids, randomise, relative, small_config
 
 CASES = [pytest.param(case["config"], answer, id=f"{case['config']['name']}-{answer['window_blocks']}")
@@ -79,12 +78,6 @@ def test_model_through_the_kernels_equals_the_twin(kernels, doc_starts, w):
         assert relative(grads[name], p.grad) < tolerance, name
 
 
-def test_smear_looks_back_by_one_and_not_recursively():
-    x = torch.randn(5, 3)
-    y = tgm.smear(x, torch.tensor(0.5))
-    assert torch.equal(y, torch.stack([x[0], *(x[t] + 0.5 * x[t - 1] for t in range(1, 5))]))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_zero_lambda_is_the_baseline_bit_for_bit(dtype):
     smeared, baseline = (tgm.GPT(small_config(preset, dtype=dtype)) for preset in ("medium", "baseline"))
@@ -100,30 +93,6 @@ def test_zero_lambda_is_the_baseline_bit_for_bit(dtype):
     ours = dict(smeared.named_parameters())
     assert [name for name, p in baseline.named_parameters() if not torch.equal(p.grad, ours[name].grad)] == []
     assert ours["smear_lambda"].grad != 0
-
-
-@pytest.mark.parametrize("layers", [tgm.LAYERS, (tgm.Layer(attention=False),) * 12], ids=["all", "no attention"])
-@pytest.mark.parametrize("preset, reached", [("medium", [149, 150]), ("baseline", [149])])
-def test_only_smear_mtp_reaches_the_next_position_and_across_a_border(preset, reached, layers):
-    """A document's last token changes: attention stays within the document, Smear-MTP looks back by one, anywhere."""
-    model = tgm.GPT(small_config(preset, layers=layers))
-    randomise(model)
-    ids = torch.arange(256, dtype=torch.int32) % 256
-    ids[[0, 150]] = model.config.doc_token
-    changed = ids.clone()
-    changed[149] = 7
-    before, after = (model.latents(x, as_window(2)) for x in (ids, changed))
-    assert (before != after).any(1).nonzero().flatten().tolist() == reached
-
-
-@pytest.mark.parametrize("preset", ["medium", "baseline"])
-def test_where_a_document_begins_a_border_cuts_smear_mtp_alone(preset):
-    config = small_config(preset, dtype=torch.float32, seq_len=512)
-    ids = random_ids(512, config, mean_doc=60)
-    ids[256] = 256
-    # Rotary angles are those of other positions: fp32 rounding of the angle (2^-24 of up to 512) and of all layers.
-    different = (difference_of_halves(config, ids) > 1e-4).nonzero().flatten().tolist()
-    assert different == ([256] if config.smear_mtp else [])
 
 
 def test_rotary_and_loss_round_where_the_record_rounds():

@@ -27,28 +27,8 @@ def published_shapes(config: mudd.Config) -> dict[str, tuple[int, ...]]:
                 bigram_lambdas=(16,), scalars=(52,), dense_w1=(2, 64, C), dense_w2=(2, 64, 2, 8), dense_bs=(2, 2, 8))
 
 
-def published(ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Our parameters, or gradients, by name, as the published roles."""
-    def blocks(role):
-        return [ours[f"blocks.{i}.{role}"] for i in range(16) if f"blocks.{i}.{role}" in ours]
-
-    gates = blocks("value_gate")
-    return dict(
-        lm_head=ours["tied"][:, 0].T, embed=ours["tied"][:, 1], embed2=ours["embeds"][0],
-        bigram_embed=ours["bigram_embed"], value_embeds=ours["embeds"][1:].flatten(0, 1),
-        attn_bank=torch.stack(blocks("qkvo")).flatten(1, 2),
-        mlp_bank=torch.stack([torch.stack(pair) for pair in zip(blocks("mlp_fc"), blocks("mlp_proj"))]),
-        smear_gate=ours["embed_smear_gate"][None], skip_gate_bank=ours["skip_gates"][:, None],
-        attn_gate_bank=torch.stack(blocks("attn_gate")), ve_gate_bank=torch.stack([*gates, torch.zeros_like(gates[0])]),
-        x0_lambdas=ours["x0_lambdas"].flatten(), bigram_lambdas=ours["bigram_lambdas"],
-        scalars=torch.cat([ours["block_lambdas"], ours["attn_lambdas"].flatten(), ours["embed_smear_lambda"][None],
-                           ours["skip_lambdas"]]),
-        dense_w1=ours["dense_w1"], dense_w2=ours["dense_w2"], dense_bs=ours["dense_biases"])
-
-
-@torch.no_grad()
-def set_published(model: mudd.GPT, values: dict[str, torch.Tensor]) -> None:
-    """The inverse of `published`."""
+def from_published(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Our parameters, by name, from the published ones; their shapes are the model's but for dimensions of one."""
     ours = dict(tied=torch.stack((values["lm_head"].T, values["embed"]), 1), bigram_embed=values["bigram_embed"],
                 embeds=torch.cat((values["embed2"], values["value_embeds"])), embed_smear_gate=values["smear_gate"],
                 skip_gates=values["skip_gate_bank"], dense_biases=values["dense_bs"],
@@ -56,14 +36,18 @@ def set_published(model: mudd.GPT, values: dict[str, torch.Tensor]) -> None:
                 **dict(zip(("block_lambdas", "attn_lambdas", "embed_smear_lambda", "skip_lambdas"),
                            values["scalars"].split([16, 32, 1, 3]))),
                 **{f"blocks.{i}.value_gate": gate
-                  for i, gate in zip((0, 1, 2, 3, 4, 11, 12, 13, 14), values["ve_gate_bank"])})
+                   for i, gate in zip((0, 1, 2, 3, 4, 11, 12, 13, 14), values["ve_gate_bank"])})
     for i in range(16):
         ours |= {f"blocks.{i}.qkvo": values["attn_bank"][i], f"blocks.{i}.mlp_fc": values["mlp_bank"][i, 0],
                  f"blocks.{i}.mlp_proj": values["mlp_bank"][i, 1], f"blocks.{i}.attn_gate": values["attn_gate_bank"][i]}
-    params = dict(model.named_parameters())
+    return ours
+
+
+def reshaped(model: mudd.GPT, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of all the model's parameters, in their shapes."""
+    params, ours = dict(model.named_parameters()), from_published(values)
     assert params.keys() == ours.keys()
-    for name, p in params.items():
-        p.copy_(ours[name].reshape(p.shape))
+    return {name: ours[name].reshape(p.shape) for name, p in params.items()}
 
 
 def initial_scalars() -> torch.Tensor:
@@ -79,7 +63,8 @@ def initial_biases() -> torch.Tensor:
 
 # ---- the model
 
-def golden_model(case: dict) -> mudd.GPT:
+def golden_model(case: dict) -> tuple[mudd.GPT, dict[str, torch.Tensor]]:
+    """And the published parameters, which it does not have yet."""
     T = case["seq_len"]
     config = replace(RECORD, seq_len=T, micro_seq_len=T, val_seq_len=T, val_tokens=T, window_unit=case["block_size"],
                      dtype=torch.float32, fp8_head=False,
@@ -96,9 +81,7 @@ def golden_model(case: dict) -> mudd.GPT:
     values["mlp_bank"][:, 1] /= 2
     values["scalars"] += initial_scalars()
     values["dense_bs"] += initial_biases()
-    model = mudd.GPT(config)
-    set_published(model, values)
-    return model
+    return mudd.GPT(config), values
 
 
 CASES = [pytest.param(case, answer, id=f"{case['config']['name']}-{answer['name']}")
@@ -109,7 +92,11 @@ CASES = [pytest.param(case, answer, id=f"{case['config']['name']}-{answer['name'
 def test_known_answers(case, answer, monkeypatch):
     """Losses, all gradient norms, small gradients whole, attended pairs and bigram rows, in fp32."""
     constants = case["config"]
-    model, T = golden_model(constants), constants["seq_len"]
+    (model, values), T = golden_model(constants), constants["seq_len"]
+    if answer["tied"]:
+        values["embed"] = values["lm_head"].T.clone()
+    params = reshaped(model, {role: x.requires_grad_() for role, x in values.items()})
+    model.load_state_dict(params)
     if constants["rotary_tables"] == "bf16":
         rotary = model.rotary
         monkeypatch.setattr(model, "rotary", lambda *args: tuple(x.bfloat16() for x in rotary(*args)))
@@ -125,10 +112,7 @@ def test_known_answers(case, answer, monkeypatch):
     assert model.attention_scales[yarn].item() == pytest.approx(answer["attn_scale"], rel=1e-7)
     mtp_1, mtp_2 = (torch.tensor(x) for x in (answer["mtp"] + [0.0, 0.0])[1:3])
     given = torch.tensor(window, dtype=torch.int32), torch.tensor(yarn, dtype=torch.int32), mtp_1, mtp_2
-    if answer["tied"]:
-        with torch.no_grad():
-            model.tied[:, 1] = model.tied[:, 0]
-    loss = model(inputs, targets, *given)
+    loss = torch.func.functional_call(model, params, (inputs, targets, *given))
     loss.backward()
     with torch.no_grad():
         eval_loss = model(inputs, targets, *given)
@@ -138,7 +122,7 @@ def test_known_answers(case, answer, monkeypatch):
     assert relative(loss.detach(), answer["train_loss_sum"]) < 4e-7
     assert relative(plain_loss, answer["train_loss_sum"]) < 4e-7
     assert relative(eval_loss, answer["eval_loss"]) < 4e-7
-    grads = published({name: p.grad for name, p in model.named_parameters()})
+    grads = {role: x.grad for role, x in values.items()}
     C = model.config.model_dim
     qkv, o = grads["attn_bank"].split([3 * C, C], dim=1)
     parts = {"qkv": qkv, "o": o, "fc": grads["mlp_bank"][:, 0], "proj": grads["mlp_bank"][:, 1],
@@ -398,7 +382,7 @@ def test_known_trajectory(num_steps, tmp_path, monkeypatch):
                    bigram_lambdas=torch.full((16,), 0.05))
     values["attn_bank"][:, 3 * C:] = 0
     values["mlp_bank"][:, 1] = 0
-    set_published(model, values)
+    model.load_state_dict(reshaped(model, values))
     biases = model.dense_biases.detach().clone()
     optimizer = tgm.Optimizer(model, config, ALONE)
     # The published loader of one rank fetches piece by piece: at a shard's end half a batch may come from it.

@@ -25,7 +25,7 @@ class Enough(Exception):
     """The steps that are asked for are done."""
 
 
-@pytest.mark.parametrize("num_steps", [20, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_steps", [10, pytest.param(60, marks=pytest.mark.slow)])
 def test_the_first_steps_reproduce_the_record(tmp_path, monkeypatch, num_steps):
     answers = golden("trajectory.json")
     ids = topics_ids()

@@ -1,5 +1,4 @@
 """records/tools/weights/audit.py: a trained model passes every check, and every check catches what it is for."""
-import random
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 import audit
 import train_gpt_medium as tgm
 import weights
-from helpers import ALONE, RECORDS, randomise, small_config, train_few_layers
+from helpers import ALONE, FEW_LAYERS, RECORDS, randomise, small_config, train_few_layers
 
 pytestmark = pytest.mark.record  # which looks back by one token, also across a border
 CHECKS = ["suffix", "documents", "probabilities", "validation", "warm-up"]
@@ -81,23 +80,6 @@ def test_a_failure_is_a_line_and_the_exit_status(run, fewer_changes, capsys, mon
     assert [line.split()[0] for line in lines] == ["ok"] * 4 + ["FAILED"]
 
 
-def test_where_a_whole_batch_needs_a_gpu_warm_up_is_not_run(run, fewer_changes, capsys, monkeypatch):
-    monkeypatch.setattr(weights, "needs_gpu", lambda model: True)
-    assert weights.main(["audit", str(run[1]), "--data", run[0].data_dir]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith("not run  warm-up: preset medium trains on a CUDA GPU")
-    assert weights.main(["evaluate", str(run[1]), "--data", run[0].data_dir]) == 1
-    assert "need a CUDA GPU" in capsys.readouterr().err
-
-
-def test_prefixes_and_borders_lie_where_they_say(ids, run):
-    starts = (ids == run[0].doc_token).nonzero().flatten().tolist()
-    assert set(audit.BORDERS) <= set(starts) and len(ids) == audit.NUM_TOKENS
-    inside = [prefix for prefix in audit.PREFIXES if not {prefix - 1, prefix, prefix + 1} & set(starts)]
-    assert inside and all({border - 1, border, border + 1} <= set(audit.PREFIXES) for border in (200, 256))
-    assert all({border - 1, border, border + 1} <= set(audit.PREFIXES) for border in (128, 256))
-    assert len(ids) - 1 in audit.PREFIXES
-
-
 # ---- models that see too much
 
 def with_mask(allows):
@@ -132,15 +114,12 @@ def smear_with(*shifts):
     return smear
 
 
-original_finish, original_forward = tgm.GPT.finish, tgm.GPT.forward
+original_finish = tgm.GPT.finish
 FROM_THE_FUTURE = {
     "one later token of a block": lambda: ("block_masks", with_mask(lambda q, k: k == q + 1)),
     "over a block's border": lambda: ("dense_mask", with_pair(127, 128)),
-    "over a document's border": lambda: ("dense_mask", with_pair(199, 200)),
     "the very last token": lambda: ("dense_mask", with_pair(510, 511)),
     "a smear that looks forward": lambda: ("smear", smear_with(-1)),
-    "the target itself": lambda: ("GPT.forward", lambda self, ids, targets, window_blocks: original_forward(
-        self, targets, targets, window_blocks)),
     "the mean of the sequence": lambda: ("GPT.finish", lambda self, x, middle, ids: original_finish(
         self, x, middle, ids) + 1e-3 * x.mean(0)),
 }
@@ -157,15 +136,6 @@ def test_later_tokens_in_sight_are_caught(model, ids, steps, monkeypatch, fault)
     assert outcome.passed is False and "reach earlier logits" in outcome.numbers
 
 
-def test_a_leak_in_one_window_is_caught(model, ids, steps, fewer_changes, monkeypatch):
-    original = tgm.block_masks
-    leaky = with_mask(lambda q, k: k == q + 1)
-    patch_trainer(monkeypatch, "block_masks", lambda ids, windows, *rest: (
-        leaky if windows[0] == 4 else original)(ids, windows, *rest))
-    assert audit.check_suffixes(model, ids, steps[:2]).passed
-    assert "(window_blocks:4, from token 100: " in audit.check_suffixes(model, ids, steps).numbers
-
-
 def test_a_model_that_no_token_moves_is_no_proof(model, ids, steps, fewer_changes):
     with torch.no_grad():
         model.lm_head.zero_()
@@ -179,7 +149,6 @@ def test_a_model_that_no_token_moves_is_no_proof(model, ids, steps, fewer_change
 
 ACROSS_DOCUMENTS = {
     "attention": lambda: ("block_masks", with_mask(lambda q, k: q >= k)),
-    "attention of a first token": lambda: ("dense_mask", with_pair(200, 199)),
     "a smear that looks back by two": lambda: ("smear", smear_with(1, 2)),
 }
 
@@ -194,7 +163,7 @@ def test_earlier_documents_in_sight_are_caught(model, ids, steps, monkeypatch, f
 
 
 def test_without_smear_mtp_not_even_a_first_token_looks_back(ids, monkeypatch):
-    model = tgm.GPT(small_config(smear_mtp=False, dtype=torch.float32))
+    model = tgm.GPT(small_config(smear_mtp=False, dtype=torch.float32, layers=FEW_LAYERS, backout_from=1))
     randomise(model)
     steps = audit.audited_steps(1, model.config)
     outcome = audit.check_documents(model, ids, steps)
@@ -207,37 +176,27 @@ def test_without_smear_mtp_not_even_a_first_token_looks_back(ids, monkeypatch):
 
 # ---- losses that are none
 
-def loss_of(z, z_target, softcap):
-    capped, target = (x.float() * softcap * torch.rsqrt(x.float() ** 2 + softcap ** 2) for x in (z, z_target))
+def loss_of(z, z_target):
+    capped, target = (x.float() * 15 * torch.rsqrt(x.float() ** 2 + 15 ** 2) for x in (z, z_target))
     return capped.logsumexp(-1) - target
 
 
-NOT_NORMALISED = {
-    "padded rows missing": lambda z, z_target, softcap: loss_of(z[:, :257], z_target, softcap),
-    "target not capped": lambda z, z_target, softcap: loss_of(z, z_target, softcap) + loss_of(
-        z_target[:, None], torch.zeros(len(z)), softcap) - z_target,
-    "a thousandth too low": lambda z, z_target, softcap: loss_of(z, z_target, softcap) - 1e-3,
-}
-
-
-@pytest.mark.parametrize("fault", NOT_NORMALISED)
+@pytest.mark.parametrize("fault", [
+    lambda z, z_target: loss_of(z[:, :257], z_target), lambda z, z_target: loss_of(z, z_target) - 1e-3],
+    ids=["padded rows missing", "a thousandth too low"])
 def test_a_loss_that_is_not_normalised_is_caught(model, ids, steps, monkeypatch, fault):
-    patch_trainer(monkeypatch, "cross_entropy", lambda z, targets, softcap, with_grad: NOT_NORMALISED[fault](
-        z, z.gather(1, targets[:, None])[:, 0], softcap))
+    patch_trainer(monkeypatch, "cross_entropy", lambda z, targets, softcap, with_grad: fault(
+        z, z.gather(1, targets[:, None])[:, 0]))
     assert audit.check_probabilities(model, ids, steps[1]).passed is False
 
 
 # ---- validations of something else
 
-split_pieces, evaluate, read = tgm.split_pieces, tgm.evaluate, tgm.Shard.read
+split_pieces, evaluate = tgm.split_pieces, tgm.evaluate
 OTHER_VALIDATIONS = {
     "a piece skipped": (("split_pieces", lambda *args: tuple(x[:-1] for x in split_pieces(*args))), "1 of 4 pieces"),
-    "a piece repeated": (("split_pieces", lambda *args: tuple(x[[0, 1, 2, 3, 3]] for x in split_pieces(*args))),
-                         "0 of 4 pieces are not fed, 1 twice"),
     "the ranks share rank 0's pieces": (("evaluate", lambda model, shard, step, world: evaluate(
         model, shard, step, world._replace(rank=0))), "2 ranks: 2 of 4 pieces are not fed, 2 twice"),
-    "from the second token on": (("Shard.read", lambda self, start, count, vocab_size: read(
-        self, start, count, vocab_size).roll(-1)), "4 of 4 pieces"),
     "another mean": (("evaluate", lambda *args: evaluate(*args) * (1 - 1e-9)), "0.999999999 times the mean"),
 }
 
@@ -271,21 +230,13 @@ def also(leave):
     return warm_up
 
 
-TRACES = {
-    "parameters": ("warm_up", lambda: also(lambda model: model.lm_head.data.add_(1)), "(parameters/lm_head)"),
-    **{name: ("Optimizer.reset_states", lambda path=path: reset_but(*path), "(optimizer/{}/{})".format(*path))
-       for name, path in (("AdamW", ("embeds", "exp_avg")), ("Muon", ("qkvo", "momentum_buffer")),
-                          ("Snoo", ("lm_head", "outer_momentum")))},
-    "gradient": ("warm_up", lambda: also(lambda model: model.lm_head.sum().backward()), "(gradients/lm_head)"),
-    "torch's generator": ("warm_up", lambda: also(lambda model: torch.rand(1)), "(torch's random state)"),
-    "numpy's generator": ("warm_up", lambda: also(lambda model: np.random.rand()), "(numpy's random state)"),
-    "Python's generator": ("warm_up", lambda: also(lambda model: random.random()), "(Python's random state)"),
-}
-
-
-@pytest.mark.parametrize("forgotten", TRACES)
-def test_a_warm_up_that_leaves_a_trace_is_caught(model, monkeypatch, forgotten):
-    name, make, sentence = TRACES[forgotten]
+@pytest.mark.parametrize("name, make, sentence", [
+    ("warm_up", lambda: also(lambda model: model.lm_head.data.add_(1)), "(parameters/lm_head)"),
+    ("warm_up", lambda: also(lambda model: model.lm_head.sum().backward()), "(gradients/lm_head)"),
+    ("warm_up", lambda: also(lambda model: torch.rand(1)), "(torch's random state)"),
+    ("warm_up", lambda: also(lambda model: np.random.rand()), "(numpy's random state)"),
+    ("Optimizer.reset_states", lambda: reset_but("qkvo", "momentum_buffer"), "(optimizer/qkvo/momentum_buffer)")])
+def test_a_warm_up_that_leaves_a_trace_is_caught(model, monkeypatch, name, make, sentence):
     patch_trainer(monkeypatch, name, make())
     outcome = audit.check_warm_up(model, ALONE)
     assert outcome.passed is False and sentence in outcome.numbers

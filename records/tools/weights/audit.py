@@ -227,16 +227,6 @@ def fingerprint(ids: np.ndarray, targets: np.ndarray) -> str:
     return hashlib.sha1(ids.astype("<i4").tobytes() + targets.astype("<i4").tobytes()).hexdigest()
 
 
-class Recorder:
-    """In the model's place: counts the pieces that it is fed; a piece's loss is its mean target."""
-    def __init__(self, config: tgm.Config):
-        self.config, self.fed = config, Counter()
-
-    def __call__(self, ids: Tensor, targets: Tensor, **_) -> Tensor:
-        self.fed[fingerprint(ids.numpy(), targets.numpy())] += 1
-        return targets.double().mean()
-
-
 def check_validation(config: tgm.Config, shard: tgm.Shard, step: int) -> Outcome:
     """`evaluate` feeds the first val_tokens targets of the shard, each once, and their mean is the loss.
 
@@ -250,12 +240,19 @@ def check_validation(config: tgm.Config, shard: tgm.Shard, step: int) -> Outcome
     # Sums of ids are exact in fp64; what is left is one rounding a piece's mean and a sum.
     mean, tolerance = tokens[1:].mean(dtype=np.float64), 2 * (len(pieces) + max(WORLD_SIZES)) * 2 ** -53
     faults = []
+
+    def model(ids: Tensor, targets: Tensor, **_) -> Tensor:
+        """Counts what it is fed; a piece's loss is its mean target."""
+        fed[fingerprint(ids.numpy(), targets.numpy())] += 1
+        return targets.double().mean()
+
+    model.config = config
     for size in WORLD_SIZES:
-        recorder = Recorder(config)
+        fed: Counter[str] = Counter()
         with patch.object(tgm.dist, "all_reduce", lambda total: None):
-            loss = sum(tgm.evaluate(recorder, shard, step, tgm.World(rank, size, torch.device("cpu")))
+            loss = sum(tgm.evaluate(model, shard, step, tgm.World(rank, size, torch.device("cpu")))
                        for rank in range(size))
-        missing, extra = (expected - recorder.fed).total(), (recorder.fed - expected).total()
+        missing, extra = (expected - fed).total(), (fed - expected).total()
         if missing or extra:
             faults.append(f"{size} ranks: {missing} of {len(pieces)} pieces are not fed, {extra} twice or not from the "
                           f"first {config.val_tokens:,} targets")

@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -177,13 +177,6 @@ def read_file(path: Path) -> Weights:
                         f"wrote.")
     constants = json.loads(metadata["config"])
     config = parse_config(constants, path)
-    with torch.device("meta"):
-        expected = {name: (p.shape, p.dtype) for name, p in config.make_model().state_dict().items()}
-    other = [name for name, found in {name: (p.shape, p.dtype) for name, p in params.items()}.items()
-             if expected.get(name) != found] + sorted(expected.keys() - params.keys())
-    if other:
-        raise UserError(f"{path} lacks {other[0]}, or has it in another shape or type than its constants: export it "
-                        f"again.")
     if metadata.get("sha256") != hash_params(params):
         raise UserError(f"{path} is damaged, its tensors do not give the SHA-256 in its metadata: export it again.")
     return Weights(params, config, constants, int(metadata["step"]), metadata["script"], metadata["run_id"])
@@ -251,29 +244,16 @@ def evaluate(source: Path, data: Path | None) -> None:
     print(f"step:{weights.step}/{config.num_iterations} val_loss:{val_loss:.6f}")
 
 
-class Vocabulary(NamedTuple):
-    encode: Callable[[str], list[int]]
-    decode: Callable[[list[int]], str]
-
-
-def find_vocabulary(config: tgm.Config) -> Vocabulary:
-    """Bytes, or GPT-2's by tiktoken, without the document token. Raises UserError for others, or without tiktoken."""
-    ids = config.vocab_size, config.doc_token
-    if ids == (257, 256):
-        return Vocabulary(lambda text: list(text.encode("utf-8", "surrogateescape")),
-                          lambda ids: bytes(ids).decode("utf-8", "replace"))
-    if ids != (50257, 50256):
-        raise UserError(f"text needs the vocabulary of bytes (257 ids) or GPT-2's (50257), not one of {ids[0]} ids "
-                        f"with document id {ids[1]}.")
-    try:
-        import tiktoken
-        encoding = tiktoken.get_encoding("gpt2")
-    except ImportError as error:
-        raise UserError("GPT-2's vocabulary needs tiktoken: pip install tiktoken") from error
-    except Exception as error:  # a download can fail in any way: tiktoken passes on what requests raises
-        raise UserError(f"tiktoken cannot get GPT-2's vocabulary ({type(error).__name__}): run it once with a "
-                        f"network.") from error
-    return Vocabulary(encoding.encode_ordinary, encoding.decode)
+def find_vocabulary(config: tgm.Config) -> tuple[Callable[[str], list[int]], Callable[[list[int]], str]]:
+    """Encodes and decodes: bytes, or GPT-2's tokens by tiktoken. Raises UserError for another vocabulary."""
+    if config.vocab_size == 257:
+        return lambda text: list(text.encode()), lambda ids: bytes(ids).decode("utf-8", "replace")
+    if config.vocab_size != 50257:
+        raise UserError(f"text needs the vocabulary of bytes (257 ids) or GPT-2's (50257), not one of "
+                        f"{config.vocab_size} ids.")
+    import tiktoken
+    encoding = tiktoken.get_encoding("gpt2")
+    return encoding.encode_ordinary, encoding.decode
 
 
 def next_probabilities(logits: Tensor, token_losses: Callable[[Tensor, Tensor], Tensor], vocab_size: int,
@@ -316,17 +296,14 @@ def sample_ids(model: nn.Module, step: int, prompt: list[int], num_tokens: int, 
 
 def sample(source: Path, prompt: str, num_tokens: int, temperature: float, seed: int) -> None:
     """Prints the prompt and the model's text after it."""
-    if num_tokens < 1 or not 0 <= temperature < float("inf"):
-        raise UserError(f"--tokens {num_tokens} or --temperature {temperature} is out of range: give at least one "
-                        f"token, and a temperature of 0 or more.")
     weights = read_weights(source)
-    vocabulary, model = find_vocabulary(weights.config), build_model(weights)
-    prompt_ids, longest = vocabulary.encode(prompt), max(model.config.piece_len, model.config.val_piece_len)
+    (encode, decode), model = find_vocabulary(weights.config), build_model(weights)
+    prompt_ids, longest = encode(prompt), max(model.config.piece_len, model.config.val_piece_len)
     if 1 + len(prompt_ids) + num_tokens > longest:
         raise UserError(f"a prompt of {len(prompt_ids):,} tokens and {num_tokens:,} more exceed the {longest:,} "
                         f"positions of the model, the document token included: shorten either.")
     ids = sample_ids(model, weights.step, prompt_ids, num_tokens, temperature, seed)
-    print(vocabulary.decode([*prompt_ids, *ids]))
+    print(decode([*prompt_ids, *ids]))
 
 
 def run_audit(source: Path, data: Path | None) -> int:
@@ -335,14 +312,13 @@ def run_audit(source: Path, data: Path | None) -> int:
     config, model = weights.config, build_model(weights)
     shard = open_validation(config, data or Path(config.data_dir))
     ids, steps = audit.audited_ids(shard, config), audit.audited_steps(weights.step, config)
-    checks = [lambda: audit.check_suffixes(model, ids, steps),
-              lambda: audit.check_documents(model, ids, steps),
-              lambda: audit.check_probabilities(model, ids, weights.step),
-              lambda: audit.check_validation(config, shard, weights.step)]
+    checks = [partial(audit.check_suffixes, model, ids, steps), partial(audit.check_documents, model, ids, steps),
+              partial(audit.check_probabilities, model, ids, weights.step),
+              partial(audit.check_validation, config, shard, weights.step)]
     if needs_gpu(model):
-        checks.append(lambda: audit.Outcome("warm-up", None, f"preset {config.preset} trains on a CUDA GPU alone"))
+        checks.append(partial(audit.Outcome, "warm-up", None, f"preset {config.preset} trains on a CUDA GPU alone"))
     else:
-        checks.append(lambda: audit.check_warm_up(model, tgm.World(0, 1, audit.device_of(model))))
+        checks.append(partial(audit.check_warm_up, model, tgm.World(0, 1, audit.device_of(model))))
     failed = False
     for check in checks:
         outcome = check()
@@ -351,37 +327,32 @@ def run_audit(source: Path, data: Path | None) -> int:
     return int(failed)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The arguments; `run` among them is the chosen command, a function of them all that returns the exit status."""
+def main(argv: list[str] | None = None) -> int:
+    """The exit status."""
+    sys.stdout.reconfigure(errors="replace")  # for a terminal that cannot show a letter of a sample
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, run: Callable, help: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+    def add(run: Callable, name: str, help: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         command.set_defaults(run=run)
         command.add_argument("source", type=Path, metavar="FILE_OR_CHECKPOINT")
         return command
 
-    exporting = add("export", lambda args: export(args.source, args.out), "write a checkpoint's parameters as one file")
-    exporting.add_argument("out", type=Path, metavar="OUT.safetensors")
-    for command in (add("evaluate", lambda args: evaluate(args.source, args.data), "compute the validation loss again"),
-                    add("audit", lambda args: run_audit(args.source, args.data),
-                        "check for leaks, and what else a loss stands on; exit status 1 if a check fails")):
-        command.add_argument("--data", type=Path, help="folder of the validation shard (default: as in training)")
-    sampling = add("sample", lambda args: sample(args.source, args.prompt, args.tokens, args.temperature, args.seed),
-                   "generate text; a document token ends it")
-    sampling.add_argument("--prompt", default="", help="the text's beginning (default: a new document)")
-    sampling.add_argument("--tokens", type=int, default=200, help="at most (%(default)s)")
-    sampling.add_argument("--temperature", type=float, default=0.8, help="0: the most probable token (%(default)s)")
-    sampling.add_argument("--seed", type=int, default=0, help="of the draws (%(default)s)")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    sys.stdout.reconfigure(errors="replace")  # for a terminal that cannot show a letter of a sample
-    args = parse(argv)
+    add(export, "export", "write a checkpoint's parameters as one file").add_argument(
+        "out", type=Path, metavar="OUT.safetensors")
+    for command in (add(evaluate, "evaluate", "compute the validation loss again"),
+                    add(run_audit, "audit", "check for leaks, and what else a loss stands on; exit status 1 if a "
+                                            "check fails")):
+        command.add_argument("--data", type=Path, help="folder of the validation shard; None: as in training")
+    sampling = add(sample, "sample", "generate text; a document token ends it")
+    sampling.add_argument("--prompt", default="", help="the text's beginning")
+    sampling.add_argument("--tokens", type=int, default=200, dest="num_tokens", help="at most")
+    sampling.add_argument("--temperature", type=float, default=0.8, help="0: the most probable token")
+    sampling.add_argument("--seed", type=int, default=0, help="of the draws")
+    options = vars(parser.parse_args(argv))
     try:
-        return args.run(args) or 0
+        return options.pop("run")(**options) or 0
     except UserError as error:
         print(f"weights.py: {error}", file=sys.stderr)
         return 1
