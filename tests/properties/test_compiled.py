@@ -56,6 +56,14 @@ def test_the_second_experiment():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_mudd_recipe(dtype):
+    """Six layers of every kind, one graph; five minutes each, most of them in the plain loss of validation."""
+    inputs = "[mudd_inputs(5, 1, 0.5, 0.25)]"
+    assert_equal(run(f"compiled_errors(make_mudd(256, dtype=torch.{dtype}), {DOCUMENTS}, {inputs}, **LARGE_TILES)"))
+
+
+@pytest.mark.slow
 def test_updates_of_the_mudd_recipe():
     """Newton-Schulz multiplies fp32's rounding by up to its slope at zero, the product of the a: 990."""
     error, where = run("update_errors(make_mudd(256))")
