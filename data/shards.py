@@ -74,6 +74,8 @@ def main(argv=None):
         sys.exit(130)
     except ShardError as error:
         sys.exit(f"shards.py: {error}")
+    except ModuleNotFoundError as error:
+        sys.exit(f"shards.py: {error.name} is not installed: pip install -r requirements.txt")
     except OSError as error:
         sys.exit(f"shards.py: {describe(error, args.folder)}")
     print(f"done in {time.perf_counter() - start:.1f} s")
