@@ -1,8 +1,7 @@
 """The published FineWeb shards, fetched into a folder: `python data/shards.py get`.
 
 huggingface_hub transfers and resumes the files in FOLDER/.partial. Each is then checked and moved, so a .bin file is
-always whole; its SHA-256 stands in FOLDER/SHA256SUMS, which `sha256sum -c` reads too. One process at a time works in a
-folder.
+always whole; its SHA-256 stands in FOLDER/SHA256SUMS, for `sha256sum -c`. One process at a time works in a folder.
 """
 import argparse
 import fcntl
@@ -71,18 +70,6 @@ def find_missing(folder, names):
     return missing
 
 
-def hash_file(path):
-    """The SHA-256 of a file, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def read_sums(folder):
-    """{name: SHA-256} from the folder's SHA256SUMS; empty where there is none."""
-    path = folder / SUMS
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {name: sha256 for sha256, name in map(str.split, lines)}
-
-
 def fetch_shard(hub, folder, endpoint, name):
     """Put a shard into its place and note its SHA-256. Raises Damage where it came otherwise than the hub has it."""
     file = dict(repo_id=DATASET, filename=name, repo_type="dataset", endpoint=endpoint)
@@ -97,7 +84,7 @@ def fetch_shard(hub, folder, endpoint, name):
             time.sleep(1)
     try:
         check_published(part)
-        sha256 = hash_file(part)
+        sha256 = hashlib.sha256(part.read_bytes()).hexdigest()
         if len(remote.etag or "") == 64 and sha256 != remote.etag:
             raise Damage(f"its SHA-256 begins with {sha256[:12]} instead of {remote.etag[:12]}")
     except Damage as damage:

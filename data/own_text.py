@@ -1,13 +1,11 @@
-"""Shards from one's own text: .txt, .jsonl and .parquet files, as GPT-2's BPE or as plain bytes.
+"""Shards from one's own text: .txt and .jsonl files, as GPT-2's BPE or as plain bytes.
 
 The ids of all documents go into one file first; once their number is known, shards are cut from it.
 """
-import gzip
 import json
 import os
 import re
 import shlex
-import zlib
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -47,29 +45,8 @@ def read_jsonl(file, field):
         yield text
 
 
-def read_parquet(file, field):
-    """A document a row of the column `field`; a null is an empty one."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ShardError("it needs pyarrow, which is not installed; pip install pyarrow") from error
-    try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(TEXTS_AT_ONCE, columns=[field]):
-            for text in batch.column(0).cast(pyarrow.large_binary()).to_pylist():  # which no number can be cast to
-                yield (text or b"").decode()
-    except (pyarrow.ArrowException, IndexError) as error:
-        raise ShardError(f"it is damaged or has no column of text {field!r}; name another with --field or fetch the "
-                         f"file again") from error
-
-
 # Each yields the texts of documents. Raises ShardError, a clause that lacks the file in front.
-READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet}
-
-
-def kind_of(path):
-    """".txt", ".jsonl", ".parquet" or what else the name ends in, without a .gz after it."""
-    return Path(path.name.lower().removesuffix(".gz")).suffix
+READERS = {".txt": read_txt, ".jsonl": read_jsonl}
 
 
 def list_inputs(inputs):
@@ -77,9 +54,9 @@ def list_inputs(inputs):
     paths = []
     for given in inputs:
         found = sorted(given.rglob("*")) if given.is_dir() else [given]
-        readable = [path for path in found if path.is_file() and kind_of(path) in READERS]
+        readable = [path for path in found if path.is_file() and path.suffix.lower() in READERS]
         if not readable:
-            raise ShardError(f"{given} neither is nor holds a {', '.join(READERS)} file or a .gz of one; name another")
+            raise ShardError(f"{given} neither is nor holds a {' or '.join(READERS)} file; name another")
         paths += readable
     return paths
 
@@ -88,11 +65,11 @@ def read_texts(paths, field):
     """Yield the documents of all files, in order. Raises ShardError with the file."""
     for path in paths:
         try:
-            with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
-                yield from READERS[kind_of(path)](file, field)
+            with open(path, "rb") as file:
+                yield from READERS[path.suffix.lower()](file, field)
         except ShardError as error:
             raise ShardError(f"{path}: {error}") from error
-        except (UnicodeError, OSError, EOFError, zlib.error) as error:  # the latter two from a cut or damaged .gz
+        except (UnicodeError, OSError) as error:
             raise ShardError(f"{path} cannot be read ({error}); mend it, make it UTF-8 or leave it out") from error
 
 
@@ -182,12 +159,12 @@ def make_own_text(inputs, folder, field, wanted, shard_tokens, val_tokens):
 
 def add_make(commands):
     """Add `make` to the subparsers of data/shards.py."""
-    make = commands.add_parser("make", help="shards of your own .txt, .jsonl and .parquet files")
+    make = commands.add_parser("make", help="shards of your own .txt and .jsonl files")
     make.set_defaults(run=lambda args: make_own_text(
         args.inputs, args.folder, args.field, args.tokenizer, args.shard_tokens, args.val_tokens))
     make.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="files, or folders to search for them")
     make.add_argument("--out", dest="folder", required=True, type=Path, help="folder for the shards, named after it")
-    make.add_argument("--field", default="text", help="field or column that holds the text (%(default)s)")
+    make.add_argument("--field", default="text", help="field that holds the text (%(default)s)")
     make.add_argument("--tokenizer", choices=["auto", "gpt2", "bytes"], default="auto",
                       help="auto: GPT-2's BPE if tiktoken has its vocabulary, else bytes (%(default)s)")
     make.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS, help="tokens a training shard (%(default)s)")

@@ -337,9 +337,6 @@ def main(arguments: list[str]) -> int:
     if args.list:
         books = [json.loads(path.read_text()) for path in sorted(args.results.glob("gpu_*.json"))]
         print(as_table(books))
-        for book in books:
-            due = " ".join(stage.key for stage in STAGES if not is_done(book, stage))
-            print(f"{book['gpu']}, torch {book['torch']}: a call there would run {due or 'nothing'}")
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the stage in progress ends too
     return run_stages(args)
