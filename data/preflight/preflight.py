@@ -292,7 +292,10 @@ def look(preset: str, to: TextIO) -> str:
         num_shards = machine.shards_needed(config, [])
     except Exception as error:  # its constants are made to be edited
         sys.exit(f"preflight: {script.__file__} cannot be used: {error}")
-    gpus = list_gpus() if config.needs_gpu else []
+    try:
+        gpus = list_gpus() if config.needs_gpu else []
+    except RuntimeError as error:  # a GPU that does not work
+        sys.exit(f"preflight: torch cannot use the GPUs ({str(error).splitlines()[0]}): take another node")
     lines = report(gpus, config, num_shards)
     for line in lines:
         print(f"{line.status:8} {line.subject:11} {line.text}", file=to, flush=True)

@@ -187,7 +187,7 @@ class Stage(NamedTuple):
     files: tuple[str, ...] = ()  # that decide its result, besides the trainer
 
 
-BENCH = "records/tools/bench/bench.py", "tests/plain_twin.py"
+BENCH = "records/tools/bench/bench.py", "tests/plain_twin.py", "data/generate.py"
 STAGES = (
     Stage("a", "three steps of `short`", 5, partial(run_steps, 3)),
     Stage("b", "the kernels' tests", 7, partial(run_tests, "test_kernels", "-k", "not compile"),  # which needs no GPU
