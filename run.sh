@@ -14,7 +14,7 @@ usage() {
     cat <<'TEXT'
 usage: ./run.sh [PRESET]
 
-Sets up Python, looks at the hardware and trains. It says what it will do first, and it is safe to run again.
+Sets up Python, looks at the machine and trains. It says what it finds and does, and it is safe to run again.
   no GPU    makes shards from text that Python carries and trains `tiny`: 2 to 4 minutes on 2 cores
             (`small`: half as wide and deep, 240 steps, for comparisons)
   GPUs      fetches the FineWeb shards that are missing and trains `medium` (the record), or the preset named
@@ -36,8 +36,8 @@ TEXT
 
 die() { echo "run.sh: $*" >&2; exit 1; }
 
-script=${TRAIN_SCRIPT:-train_gpt_medium.py}
-[ -f "$script" ] || die "TRAIN_SCRIPT names $script, which does not exist: name a training script."
+[ -f "${TRAIN_SCRIPT:-train_gpt_medium.py}" ] ||
+    die "TRAIN_SCRIPT names $TRAIN_SCRIPT, which does not exist: name a training script."
 
 # True if interpreter $1 has every package of file $2 in the version pinned there, and the files it refers to.
 satisfies() {
@@ -68,45 +68,29 @@ set_up_python() {
         "$active" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' ||
             die "$("$active" --version) cannot run the pinned packages: put Python 3.10 to 3.13 first on PATH."
         echo "run.sh: installing $requirements into .venv (once; on a GPU machine this is some GB)" >&2
-        if [ ! -e .venv/bin/python ] && [ ! -L .venv/bin/python ]; then
-            "$active" -m venv .venv >&2 ||
-                die "python3 cannot make a virtual environment: install its venv module (Debian, Ubuntu: apt install python3-venv)."
-        elif ! .venv/bin/python -m pip --version >/dev/null 2>&1; then  # as `uv venv` makes it: what is in it stays
-            .venv/bin/python -m ensurepip >&2 ||
-                die "$PWD/.venv has no pip and cannot be given one: install python3-venv, or move the folder away."
-        fi
+        "$active" -m venv .venv >&2 ||  # what is in it already stays; pip is added where `uv venv` left it out
+            die "python3 cannot make a virtual environment: install its venv module (Debian, Ubuntu: apt install python3-venv)."
         .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements" >&2 ||
             die "installing $requirements failed: see pip's message above; running this again continues."
     fi
     echo "$PWD/.venv/bin/python"
 }
 
-# Sets `presets`, the script's, a line each, with gpu or cpu; and, where preset $2 is another recipe's, that as the script.
-find_preset() {
-    local python=$1 preset=$2 recipe known=
-    for recipe in "$script" records/*/train_gpt_*.py; do
-        presets=$(TRAIN_SCRIPT=$(realpath "$recipe") "$python" data/preflight/preflight.py --presets | cut -f 1,2) || return
-        if [ -z "$preset" ] || cut -f 1 <<<"$presets" | grep -qx -- "$preset"; then
-            script=$recipe
-            export TRAIN_SCRIPT=$(realpath "$recipe")
-            return
-        fi
-        known+=" $(cut -f 1 <<<"$presets" | paste -sd ' ')"
-        [ -z "${TRAIN_SCRIPT:-}" ] || break
-    done
-    die "'$preset' is not a preset of $script: choose one of$known."
+# What is trained, from where: set by the look at the machine, which ends this script where something is wrong.
+plan() {
+    local line
+    line=$("$python" data/preflight/preflight.py --plan "$1")
+    read -r preset nproc num_shards script <<<"$line"
 }
 
 train_on_cpu() {
-    local python=$1 preset=$2 data=${DATA_PATH:-data/text} output losses shards
-    shards=$(ls "$data"/*_train_*.bin 2>/dev/null || true)
-    if [ -n "$shards" ]; then
-        echo "I will train the preset $preset on the shards in $data:"
+    local data=${DATA_PATH:-data/text} output losses
+    if ls "$data"/*_train_*.bin >/dev/null 2>&1; then
+        echo "I train the preset $preset on the shards in $data:"
     else
-        echo "I will make shards of Python's own documentation in $data and train the preset $preset:"
+        echo "I make shards of Python's own documentation in $data and train the preset $preset:"
+        "$python" data/shards.py text "$data"
     fi
-    "$python" data/preflight/preflight.py "$preset"
-    [ -n "$shards" ] || "$python" data/shards.py text "$data"
     output=$(mktemp)
     trap "rm -f '$output'" EXIT
     "$python" "$script" "$preset" | tee "$output"
@@ -120,14 +104,14 @@ TEXT
 }
 
 train_on_gpus() {
-    local python=$1 count=$2 preset=$3 data=${DATA_PATH:-data/fineweb10B} nproc own_shards
-    for nproc in 8 4 2 1; do [ "$nproc" -le "$count" ] && break; done
+    local data=${DATA_PATH:-data/fineweb10B}
     # Shards that are not FineWeb's, synthetic ones for example, are taken as they are.
-    own_shards=$(find -L "$data" -maxdepth 1 -name '*_train_*.bin' ! -name 'fineweb_*' 2>/dev/null | head -n 1 || true)
-    echo "$count GPUs: I will check the machine$([ -n "$own_shards" ] || echo ", fetch what FineWeb shards are missing in $data")" \
-        "and train the preset $preset on $nproc of them with torchrun."
-    "$python" data/preflight/preflight.py "$preset"
-    [ -n "$own_shards" ] || "$python" data/shards.py get "$data" --preset "$preset"
+    if find -L "$data" -maxdepth 1 -name '*_train_*.bin' ! -name 'fineweb_*' 2>/dev/null | grep -q .; then
+        echo "I train the preset $preset on $nproc GPUs with torchrun."
+    else
+        echo "I fetch what FineWeb shards are missing in $data and train the preset $preset on $nproc GPUs with torchrun."
+        "$python" data/shards.py get "$data" --shards "$num_shards"
+    fi
     "$python" -m torch.distributed.run --standalone --nproc_per_node="$nproc" "$script" "$preset"
 }
 
@@ -136,8 +120,6 @@ case "${1:-}" in
     --python) set_up_python "${2:-requirements.txt}" ;;
     --check)
         python=$(set_up_python requirements.txt)
-        # Of a script that cannot be read, the look itself says why.
-        [ -z "${2:-}" ] || [ -n "${TRAIN_SCRIPT:-}" ] || find_preset "$python" "$2" || true
         exec "$python" data/preflight/preflight.py ${2:+"$2"} ;;
     --presets)
         python=$(set_up_python requirements.txt)
@@ -145,19 +127,6 @@ case "${1:-}" in
     -*) usage >&2; die "'$1' is not an option." ;;
     *)
         python=$(set_up_python requirements.txt)
-        find_preset "$python" "${1:-}"
-        gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-        on_cpu=$(grep -x -- "${1:-}"$'\t'cpu <<<"$presets" || true)
-        if [ "$gpus" = 0 ] && [ ! "$on_cpu" ] && PYTHONPATH=data/preflight "$python" -c \
-            'import preflight, sys; sys.exit(not preflight.list_gpus())' >/dev/null 2>&1; then
-            echo "nvidia-smi sees GPUs that torch does not:"
-            "$python" data/preflight/preflight.py "${1:-medium}"
-        elif [ "$on_cpu" ] || { [ "$gpus" = 0 ] && [ -z "${1:-}" ]; }; then
-            [ "$gpus" != 0 ] || echo "torch sees no GPU here."
-            train_on_cpu "$python" "${1:-tiny}"
-        elif [ "$gpus" = 0 ]; then
-            die "preset $1 needs a CUDA GPU and torch sees none (does nvidia-smi?): on a CPU, use tiny."
-        else
-            train_on_gpus "$python" "$gpus" "${1:-medium}"
-        fi ;;
+        plan "${1:-}"
+        if [ "$nproc" = 0 ]; then train_on_cpu; else train_on_gpus; fi ;;
 esac

@@ -15,7 +15,6 @@ BYTE_DOC_ID = 256
 TEXT_SEED = 0
 MIN_TEXT_CHARS = 100  # drops one-line docstrings, which say little and repeat each other; untuned
 VAL_SHARE = 10  # one token in so many validates
-MIN_VAL_TOKENS = 65_536 + 1
 # Test folders hold fixtures, some broken on purpose; installed packages would make the text differ between machines.
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
@@ -91,9 +90,6 @@ def make_text(folder):
     documents = [np.array([BYTE_DOC_ID, *text.encode("utf-8")], np.uint16) for text in text_documents()]
     ends = np.cumsum([document.size for document in documents])
     val_tokens = ends[-1] // VAL_SHARE
-    if val_tokens < MIN_VAL_TOKENS:
-        raise ShardError(f"{sysconfig.get_path('stdlib')} carries {ends[-1]:,} tokens of text; use a Python whose "
-                         f"standard library has its sources and so at least {VAL_SHARE * MIN_VAL_TOKENS:,}")
     num_val = np.searchsorted(ends, val_tokens) + 1
     splits = {"text_val_000000.bin": documents[:num_val], "text_train_000001.bin": documents[num_val:]}
     for name, split in splits.items():
@@ -102,9 +98,9 @@ def make_text(folder):
 
 # ---- synthetic: random tokens that cost a model what web text costs it
 
-def zipf_cdf():
-    """P(id <= i) where P(i) is proportional to 1 / (i + 1); float64 of shape (PUBLISHED_DOC_ID,), ends in exactly 1."""
-    cdf = np.cumsum(1.0 / np.arange(1, PUBLISHED_DOC_ID + 1))
+def zipf_cdf(num_ids):
+    """P(id <= i) where P(i) is proportional to 1 / (i + 1); float64 of shape (num_ids,), ends in exactly 1."""
+    cdf = np.cumsum(1.0 / np.arange(1, num_ids + 1))
     return cdf / cdf[-1]
 
 
@@ -125,15 +121,18 @@ def document_starts(rng, num_tokens):
     return starts[starts < num_tokens]
 
 
-def synthetic_pieces(num_tokens, seed, index):
-    """Yield the tokens of shard `index` as uint16 arrays of at most PIECE_TOKENS; all depends on the arguments only."""
+def synthetic_pieces(num_tokens, seed, index, doc_id=PUBLISHED_DOC_ID):
+    """Yield the tokens of shard `index` as uint16 arrays of at most PIECE_TOKENS; all depends on the arguments only.
+
+    doc_id: opens every document; the ids below it are the others.
+    """
     rng = np.random.default_rng([seed, index])
-    cdf, starts = zipf_cdf(), document_starts(rng, num_tokens)
+    cdf, starts = zipf_cdf(doc_id), document_starts(rng, num_tokens)
     for begin in range(0, num_tokens, PIECE_TOKENS):
         end = min(begin + PIECE_TOKENS, num_tokens)
         piece = np.searchsorted(cdf, rng.random(end - begin), side="right").astype(np.uint16)
         first, last = np.searchsorted(starts, [begin, end])
-        piece[starts[first:last] - begin] = PUBLISHED_DOC_ID
+        piece[starts[first:last] - begin] = doc_id
         yield piece
 
 

@@ -1,29 +1,23 @@
-"""Shards from one's own text: .txt, .jsonl and .parquet files, as GPT-2's BPE or as plain bytes.
+"""Shards from one's own text: .txt and .jsonl files, as GPT-2's BPE or as plain bytes.
 
 The ids of all documents go into one file first; once their number is known, shards are cut from it.
 """
-import gzip
-import io
 import json
 import os
 import re
 import shlex
-import zlib
-from collections import Counter
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from generate import BYTE_DOC_ID, SHARD_TOKENS, VAL_SHARE, VAL_TOKENS
 from shard_format import MIN_TOKENS, PUBLISHED_DOC_ID, ShardError, check_count, write_shard
 
-PART_CHARS, TEXTS_AT_ONCE = 2**18, 64  # of a .txt, and to be encoded by threads; they bound memory, untuned
-# Where a long .txt may be divided: before a blank that ends a word. GPT-2's BPE never joins the two sides of it, so
-# the ids are those of the whole. A part without such a place is divided anywhere.
-DIVIDE = re.compile(r".*[!-~](?=[ \n])", re.DOTALL)
+TEXTS_AT_ONCE = 64  # encoded by threads; untuned
 
 
 class Tokenizer(NamedTuple):
@@ -35,15 +29,8 @@ class Tokenizer(NamedTuple):
 
 
 def read_txt(file, field):
-    """One document, in parts that can be encoded one by one."""
-    file, opens, rest = io.TextIOWrapper(file, "utf-8-sig", newline=""), True, ""
-    while text := file.read(PART_CHARS):
-        text = rest + text
-        match = DIVIDE.match(text)
-        end = match.end() if match else len(text)
-        yield opens, text[:end]
-        opens, rest = False, text[end:]
-    yield opens, rest
+    """One document."""
+    yield file.read().decode("utf-8-sig")
 
 
 def read_jsonl(file, field):
@@ -52,37 +39,14 @@ def read_jsonl(file, field):
         try:
             text = json.loads(line)[field] if line.strip() else ""
             text.encode()
-        except (LookupError, TypeError, AttributeError) as error:
-            raise ShardError(f"line {number:,} has no text in a field {field!r}; name it with --field or remove the "
-                             f"line") from error
-        except (ValueError, RecursionError) as error:
-            raise ShardError(f"line {number:,} is not JSON in UTF-8; mend or remove it") from error
-        yield True, text
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise ShardError(f"line {number:,} is not JSON in UTF-8 with text in a field {field!r}; name it with "
+                             f"--field, mend or remove the line") from error
+        yield text
 
 
-def read_parquet(file, field):
-    """A document a row of the column `field`; a null is an empty one."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ShardError("it needs pyarrow, which is not installed; pip install pyarrow") from error
-    try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(TEXTS_AT_ONCE, columns=[field]):
-            for text in batch.column(0).cast(pyarrow.large_binary()).to_pylist():  # which no number can be cast to
-                yield True, (text or b"").decode()
-    except (pyarrow.ArrowException, IndexError) as error:
-        raise ShardError(f"it is damaged or has no column of text {field!r}; name another with --field or fetch the "
-                         f"file again") from error
-
-
-# Each yields (whether a document begins, text). Raises ShardError, a clause that lacks the file in front.
-READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet}
-
-
-def kind_of(path):
-    """".txt", ".jsonl", ".parquet" or what else the name ends in, without a .gz after it."""
-    return Path(path.name.lower().removesuffix(".gz")).suffix
+# Each yields the texts of documents. Raises ShardError, a clause that lacks the file in front.
+READERS = {".txt": read_txt, ".jsonl": read_jsonl}
 
 
 def list_inputs(inputs):
@@ -90,26 +54,22 @@ def list_inputs(inputs):
     paths = []
     for given in inputs:
         found = sorted(given.rglob("*")) if given.is_dir() else [given]
-        readable = [path for path in found if path.is_file() and kind_of(path) in READERS]
+        readable = [path for path in found if path.is_file() and path.suffix.lower() in READERS]
         if not readable:
-            raise ShardError(f"{given} neither is nor holds a {', '.join(READERS)} file or a .gz of one; name another")
+            raise ShardError(f"{given} neither is nor holds a {' or '.join(READERS)} file; name another")
         paths += readable
     return paths
 
 
-def read_texts(paths, field, bar):
-    """Yield what the readers of all files do, in order; `bar` shows the bytes read. Raises ShardError with the file."""
+def read_texts(paths, field):
+    """Yield the documents of all files, in order. Raises ShardError with the file."""
     for path in paths:
         try:
-            with open(path, "rb") as raw:
-                position = 0
-                for item in READERS[kind_of(path)](gzip.open(raw) if path.suffix.lower() == ".gz" else raw, field):
-                    bar.update(raw.tell() - position)
-                    position = raw.tell()
-                    yield item
+            with open(path, "rb") as file:
+                yield from READERS[path.suffix.lower()](file, field)
         except ShardError as error:
             raise ShardError(f"{path}: {error}") from error
-        except (UnicodeError, OSError, EOFError, zlib.error) as error:  # the latter two from a cut or damaged .gz
+        except (UnicodeError, OSError) as error:
             raise ShardError(f"{path} cannot be read ({error}); mend it, make it UTF-8 or leave it out") from error
 
 
@@ -131,18 +91,16 @@ def choose_tokenizer(wanted):
         np.array(ids, np.uint16) for ids in encoding.encode_ordinary_batch(texts)], "tiktoken has its vocabulary")
 
 
-def write_ids(path, items, tokenizer):
-    """Write the ids of all items to a file without a header. Returns counts of documents and of empty ones, skipped."""
-    counts = Counter()
+def write_ids(path, texts, tokenizer):
+    """Write the ids of all documents that are not empty to a file without a header. Returns their number."""
+    texts, num_documents, opening = filter(None, texts), 0, np.array([tokenizer.doc_id], np.uint16)
     with open(path, "wb") as file:
-        while batch := list(islice(items, TEXTS_AT_ONCE)):
-            for (opens, text), ids in zip(batch, tokenizer.encode([text for _, text in batch])):
-                if opens:
-                    counts["documents" if text else "empty"] += 1
-                if opens and text:
-                    file.write(np.array(tokenizer.doc_id, np.uint16))
+        while batch := list(islice(texts, TEXTS_AT_ONCE)):
+            for ids in tokenizer.encode(batch):
+                file.write(opening)
                 file.write(ids)
-    return counts
+            num_documents += len(batch)
+    return num_documents
 
 
 def write_set(folder, prefix, ids, tokenizer, val_tokens, shard_tokens):
@@ -166,12 +124,6 @@ def write_set(folder, prefix, ids, tokenizer, val_tokens, shard_tokens):
     return sizes
 
 
-def refuse_other_shards(folder):
-    """Raise ShardError if the folder holds a shard: the trainer would mix the sets up."""
-    for path in sorted([*folder.glob("*_train_*.bin"), *folder.glob("*_val_*.bin")]):
-        raise ShardError(f"{folder} already holds {path.name}; remove its shards or name another folder")
-
-
 def make_own_text(inputs, folder, field, wanted, shard_tokens, val_tokens):
     """Write PREFIX_val_000000.bin, PREFIX_train_000001.bin ... of the inputs' text into `folder`, PREFIX its name.
 
@@ -182,39 +134,37 @@ def make_own_text(inputs, folder, field, wanted, shard_tokens, val_tokens):
     if val_tokens is not None:
         check_count("the validation shard", val_tokens)
     paths = list_inputs(inputs)
-    refuse_other_shards(folder)
+    for path in sorted(folder.glob("*.bin")):  # the trainer would mix the sets up
+        raise ShardError(f"{folder} already holds {path.name}; remove its shards or name another folder")
     tokenizer = choose_tokenizer(wanted)
-    num_bytes = sum(path.stat().st_size for path in paths)
-    print(f"{len(paths):,} files, {num_bytes / 1e6:,.1f} MB; tokenizer {tokenizer.name}, vocabulary "
-          f"{tokenizer.doc_id + 1:,}: {tokenizer.why}", flush=True)
+    print(f"{len(paths):,} files; tokenizer {tokenizer.name}, vocabulary {tokenizer.doc_id + 1:,}: {tokenizer.why}",
+          flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix="unfinished-", suffix=".tmp") as temporary:
-        with tqdm(total=num_bytes, unit="B", unit_scale=True, leave=False, disable=None) as bar:
-            counts = write_ids(Path(temporary, "ids"), read_texts(paths, field, bar), tokenizer)
+        texts = tqdm(read_texts(paths, field), unit=" documents", leave=False, disable=None)
+        num_documents = write_ids(Path(temporary, "ids"), texts, tokenizer)
         # np.memmap refuses an empty file.
-        ids = np.memmap(Path(temporary, "ids"), np.uint16, "r") if counts["documents"] else np.empty(0, np.uint16)
+        ids = np.memmap(Path(temporary, "ids"), np.uint16, "r") if num_documents else np.empty(0, np.uint16)
         # Fit for files, and without the "_train_" before which the trainer takes all for the prefix.
         prefix = re.sub(r"[\W_]+", "-", folder.resolve().name).strip("-") or "text"
         sizes = write_set(Path(temporary), prefix, ids, tokenizer, val_tokens, shard_tokens)
-        refuse_other_shards(folder)  # that another run has put there in the meantime
         for path in reversed(sizes):  # validation last: before it, the trainer does not take the set for one
             os.replace(path, folder / path.name)
-    (val, val_tokens), *train = [(path.name, size) for path, size in sizes.items()]
-    preset, note = {"bytes": ("tiny", ""), "gpt2": ("short", "  (or medium)")}[tokenizer.name]
-    print(f"documents:  {counts['documents']:,}, and {counts['empty']:,} empty ones skipped")
-    print(f"validation: {val_tokens:,} tokens in {folder / val}")
-    print(f"training:   {sum(size for _, size in train):,} tokens in {len(train):,} shards, {folder / train[0][0]} ...")
-    print(f"to train:   DATA_PATH={shlex.quote(str(folder.resolve()))} ./run.sh {preset}{note}")
+    val_tokens, *train_tokens = sizes.values()
+    print(f"{num_documents:,} documents: {val_tokens:,} tokens for validation, {sum(train_tokens):,} in "
+          f"{len(train_tokens):,} training shards")
+    preset = "tiny" if tokenizer.name == "bytes" else "short"
+    print(f"to train: DATA_PATH={shlex.quote(str(folder.resolve()))} ./run.sh {preset}")
 
 
 def add_make(commands):
     """Add `make` to the subparsers of data/shards.py."""
-    make = commands.add_parser("make", help="shards of your own .txt, .jsonl and .parquet files")
+    make = commands.add_parser("make", help="shards of your own .txt and .jsonl files")
     make.set_defaults(run=lambda args: make_own_text(
         args.inputs, args.folder, args.field, args.tokenizer, args.shard_tokens, args.val_tokens))
     make.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="files, or folders to search for them")
     make.add_argument("--out", dest="folder", required=True, type=Path, help="folder for the shards, named after it")
-    make.add_argument("--field", default="text", help="field or column that holds the text (%(default)s)")
+    make.add_argument("--field", default="text", help="field that holds the text (%(default)s)")
     make.add_argument("--tokenizer", choices=["auto", "gpt2", "bytes"], default="auto",
                       help="auto: GPT-2's BPE if tiktoken has its vocabulary, else bytes (%(default)s)")
     make.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS, help="tokens a training shard (%(default)s)")

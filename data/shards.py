@@ -1,8 +1,7 @@
-"""Get, make and verify token shards for the trainer.
+"""Get and make token shards for the trainer.
 
     python data/shards.py get                         # the published FineWeb shards, as many as the record needs
-    python data/shards.py verify FOLDER               # is what lies there whole, and enough?
-    python data/shards.py make INPUT... --out FOLDER  # your own .txt, .jsonl or .parquet files
+    python data/shards.py make INPUT... --out FOLDER  # your own .txt and .jsonl files
     python data/shards.py text                        # bytes of Python's own documentation, for small trial runs
     python data/shards.py synthetic                   # random tokens with web-text statistics, for timing runs
     python data/shards.py synthetic FOLDER --shards 4 --tokens 50000000 --seed 7
@@ -20,7 +19,6 @@ try:
     from generate import NUM_SHARDS, SHARD_TOKENS, VAL_TOKENS, make_synthetic, make_text
     from own_text import add_make
     from shard_format import ShardError
-    from verify import add_verify
 except ModuleNotFoundError as error:
     sys.exit(f"shards.py: {error.name} is not installed: pip install -r requirements.txt")
 
@@ -32,7 +30,6 @@ def parse(argv):
     parser = argparse.ArgumentParser(description="Make token shards for the trainer.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_get(commands)
-    add_verify(commands)
     add_make(commands)
 
     text = commands.add_parser("text", help="bytes of Python's own documentation, in seconds")
@@ -74,6 +71,8 @@ def main(argv=None):
         sys.exit(130)
     except ShardError as error:
         sys.exit(f"shards.py: {error}")
+    except ModuleNotFoundError as error:
+        sys.exit(f"shards.py: {error.name} is not installed: pip install -r requirements.txt")
     except OSError as error:
         sys.exit(f"shards.py: {describe(error, args.folder)}")
     print(f"done in {time.perf_counter() - start:.1f} s")

@@ -1,7 +1,5 @@
 """How much memory a run takes on one GPU, counted on the trainer's own code: an estimate that no GPU has confirmed yet.
 
-    python data/preflight/memory.py       # a table of the record by micro_seq_len, for 1 and 8 GPUs
-
 A step and a validation pass run on meta tensors, which have a size and no memory, and every tensor counts while it
 lives. So another model, rule or table is counted as it is, or the count fails. README.md beside this file says what is
 counted and what is assumed.
@@ -73,9 +71,9 @@ class Sent:
         self.tensors = ()
 
 
-def load_script() -> ModuleType:
-    """The training script: the one that TRAIN_SCRIPT names, as run.sh runs it, or train_gpt_medium.py."""
-    path = Path(os.environ.get("TRAIN_SCRIPT") or ROOT / "train_gpt_medium.py").resolve()
+def load_script(path: Path | str | None = None) -> ModuleType:
+    """A training script: the one that TRAIN_SCRIPT names, as run.sh runs it, or train_gpt_medium.py, unless named."""
+    path = Path(path or os.environ.get("TRAIN_SCRIPT") or ROOT / "train_gpt_medium.py").resolve()
     sys.path[:0] = [str(path.parent), str(ROOT)]
     if path.stem not in sys.modules:  # by its path: its name may hold a point
         spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -172,32 +170,7 @@ def optimizer_of(config, world_size: int):
         return machine.Optimizer(config.make_model(), config, machine.World(0, world_size, META))
 
 
-def padded_banks(optimizer) -> list[str]:
-    """A sentence for each bank of which padding is more than a tenth, and a MB."""
-    said = []
-    for name, bank in optimizer.banks.items():
-        share, size = bank.padding / len(bank.buffer), bank.padding * bank.buffer.itemsize / 1e6
-        if share > 0.1 and size > 1:
-            unit = " x ".join(map(str, bank.shard.shape[1:]))
-            said.append(f"{name}: {share:.0%} of what {bank.world.size} ranks send, hold and update is padding "
-                        f"({size:,.0f} MB), since no rank can own a part of {unit}: give the parameters a rule with "
-                        "smaller units, or a group with more of that shape")
-    return said
-
-
 def checkpoint_bytes(config) -> int:
     """What the ranks write for one checkpoint: parameters, padded as banks are, and their states."""
     optimizer = optimizer_of(config, 1)
     return sum(x.nbytes for x in tree_leaves([optimizer.state_dict(), [b.buffer for b in optimizer.banks.values()]]))
-
-
-def main() -> None:
-    config = load_script().PRESETS["medium"]()
-    print(f"micro_seq_len {'1 GPU':>7} {'8 GPUs':>7}   GiB a GPU of the record (estimated)")
-    for length in (65536, 32768, 16384, 8192, 4096):
-        other = replace(config, micro_seq_len=length)
-        print(f"{length:13,}", *(f"{needed(other, world_size) / 2**30:7.1f}" for world_size in (1, 8)), flush=True)
-
-
-if __name__ == "__main__":
-    main()

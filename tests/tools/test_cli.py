@@ -23,8 +23,8 @@ def run(*command, cwd=ROOT, timeout=600, **changes) -> subprocess.CompletedProce
 
 
 def unigram_entropy(path) -> float:
-    """Nats per token of the ids that `tiny` validates on, from their own frequencies."""
-    counts = np.bincount(np.fromfile(path, dtype="<u2", offset=1024)[:2 ** 14 + 1])
+    """Nats per token of the 4,096 ids that are validated on, from their own frequencies."""
+    counts = np.bincount(np.fromfile(path, dtype="<u2", offset=1024)[:2**12 + 1])
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())
 
@@ -32,35 +32,37 @@ def unigram_entropy(path) -> float:
 def test_run_sh_trains_tiny_on_real_text(tmp_path):
     """As a new user would: the shards are made, the model learns, the summary says what happened.
 
-    40 steps of half a batch, edited where users edit constants, go well below what the ids' frequencies alone allow,
-    3.23.
+    24 steps of a quarter of a batch and of three layers, edited where users edit constants, go well below what the
+    ids' frequencies alone allow.
     """
     copy = tmp_path / "clone"
     copy.mkdir()
     for name in ("run.sh", "requirements.txt"):
         (copy / name).write_bytes((ROOT / name).read_bytes())
-    source = TRAINER.read_text().replace("num_iterations=64,", "num_iterations=40, stages=(Stage(num_slices=4),),")
+    source = TRAINER.read_text().replace("num_iterations=64,", "num_iterations=24, stages=(Stage(num_slices=2),), "
+                                         "layers=LAYERS[:3], backout_from=1, val_tokens=2**12,")
     (copy / TRAINER.name).write_text(source)
     (copy / "data" / "preflight").mkdir(parents=True)
     for path in (ROOT / "data").rglob("*.py"):
         (copy / path.relative_to(ROOT)).write_bytes(path.read_bytes())
     done = run("bash", "run.sh", cwd=copy, timeout=1800)
     assert done.returncode == 0, done.stderr
-    losses = [float(loss) for loss in re.findall(r"^step:\d+/40 val_loss:(\S+)", done.stdout, re.M)]
+    losses = [float(loss) for loss in re.findall(r"^step:\d+/24 val_loss:(\S+)", done.stdout, re.M)]
     assert losses[0] == pytest.approx(math.log(384), abs=1e-4)
-    assert losses[-1] < unigram_entropy(copy / "data" / "text" / "text_val_000000.bin") - 0.3
+    assert losses[-1] < unigram_entropy(copy / "data" / "text" / "text_val_000000.bin") - 0.15
     assert f"validation loss {losses[0]:.6f} before, {losses[-1]:.6f} after" in done.stdout
     log = copy / re.search(r"^Log, .*: (logs/\S+)$", done.stdout, re.M)[1]
     assert log.read_text().startswith(source)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
-@pytest.mark.parametrize("preset", ["medium", "baseline", "short"])
-def test_big_presets_are_refused_on_a_cpu(preset):
-    for command in ((sys.executable, TRAINER, preset), ("bash", "run.sh", preset)):
-        done = run(*command)
-        assert done.returncode == 1 and done.stderr.count("\n") == 1
-        assert f"preset {preset} needs a CUDA GPU" in done.stderr and "tiny" in done.stderr
+def test_big_presets_are_refused_on_a_cpu():
+    done = run(sys.executable, TRAINER, "short")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "preset short needs a CUDA GPU" in done.stderr and "tiny" in done.stderr
+    done = run("bash", "run.sh", "medium")
+    assert done.returncode == 1 and not done.stdout and done.stderr.endswith("not ready, see the errors above\n")
+    assert "error    GPUs        none, and preset medium needs one: rent a GPU, or run tiny\n" in done.stderr
 
 
 @pytest.mark.parametrize("ranks, sentence", [(2, "text_train_000001.bin is missing"), (3, "3 processes cannot share")])
@@ -89,7 +91,7 @@ def test_help_and_unknown_presets():
     done = run("bash", "run.sh", "huge")
     own, others = "medium baseline short tiny small", "mudd mudd_smear mudd_short mudd_tiny 1b baseline tiny"
     assert done.returncode == 1 and done.stderr == (
-        f"run.sh: 'huge' is not a preset of {TRAINER.name}: choose one of {own} {others}.\n")
+        f"preflight: 'huge' is not a preset of {TRAINER.name}: choose one of {own} {others}.\n")
     done = run("bash", "run.sh", "--huge")
     assert done.returncode == 1 and "'--huge' is not an option" in done.stderr
     done = run(sys.executable, TRAINER, "huge")
@@ -133,8 +135,8 @@ def test_paths_are_the_callers(tmp_path):
     """From another folder: its shards are looked at, and its requirements file is installed from."""
     write_shard(tmp_path / "mine" / "mine_train_000001.bin", [1], vocab_size=9, doc_token=8)
     (tmp_path / "nothing.txt").touch()
-    done = run("bash", ROOT / "run.sh", "--check", "tiny", cwd=tmp_path, DATA_PATH="mine")
-    assert f"error    shards      {tmp_path}/mine/mine_train_000001.bin holds ids of a vocabulary of 9" in done.stdout
+    done = run("bash", ROOT / "run.sh", "tiny", cwd=tmp_path, DATA_PATH="mine")
+    assert f"error    shards      {tmp_path}/mine/mine_train_000001.bin holds ids of a vocabulary of 9" in done.stderr
     assert run("bash", ROOT / "run.sh", "--python", "nothing.txt", cwd=tmp_path).returncode == 0
     assert not (ROOT / "mine").exists()
 
@@ -143,18 +145,6 @@ def test_another_shell_is_sent_to_bash():
     for script in ("run.sh", "tests/run.sh", "tests/gpu.sh"):
         done = run("dash", script) if shutil.which("dash") else pytest.skip("dash is not installed")
         assert done.returncode == 1 and done.stderr.startswith(f"{script}: this shell is not bash"), done.stderr
-
-
-def test_a_clone_keeps_its_line_ends(tmp_path):
-    """Made by git as it is set up on Windows."""
-    (tmp_path / "made").mkdir()
-    for name in ("run.sh", ".gitattributes", TRAINER.name):
-        shutil.copy(ROOT / name, tmp_path / "made")
-    git = ("git", "-c", "user.name=x", "-c", "user.email=x", "-C", tmp_path / "made")
-    for command in (("init",), ("add", "."), ("commit", "-m", "x")):
-        assert run(*git, *command).returncode == 0
-    run("git", "clone", "-c", "core.autocrlf=true", tmp_path / "made", tmp_path / "clone")
-    assert run("./run.sh", "--help", cwd=tmp_path / "clone").returncode == 0
 
 
 def test_an_environment_without_pip_keeps_what_is_in_it(tmp_path):

@@ -137,7 +137,7 @@ def test_the_table_shows_what_has_run_where_and_what_is_owed(tmp_path, capsys):
     for number, content in enumerate(books):
         stages.write_json(tmp_path / f"gpu_{number}.json", content)
     assert stages.main(["--list", "--results", str(tmp_path)]) == 0
-    *table, empty, owed, x, y = capsys.readouterr().out.splitlines()
+    *table, empty, owed = capsys.readouterr().out.splitlines()
     what = {stage.key: stage.what for stage in stages.STAGES}
     assert table == ["| what | where | result |", "|---|---|---|",
                      f"| {what['a']} | X, torch 2.11, 2026-12-01 | a / fine; 2 ms |",
@@ -146,7 +146,6 @@ def test_the_table_shows_what_has_run_where_and_what_is_owed(tmp_path, capsys):
                      f"| {what['c']} | X, torch 2.11, 2026-12-01 | failed: torch.CudaError: no / luck |"]
     owes = [f"({key}) {what[key]}" for key in "cdefghij"]
     assert (empty, owed) == ("", f"Still owed to a GPU: {'; '.join([*owes, stages.BEYOND])}.")
-    assert x.endswith("would run b c d e f g h i j") and y.endswith("would run a c d e f g h i j")
 
 
 def test_the_readme_has_the_table():

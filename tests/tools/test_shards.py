@@ -71,24 +71,19 @@ def test_what_does_not_fit_is_refused(tmp_path, ids, vocab_size, doc_id, words):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_failure_in_the_middle_leaves_what_was_there(tmp_path, error):
+def test_failure_in_the_middle_leaves_what_was_there(tmp_path):
     seen = []
 
     def pieces():
         yield np.zeros(100_000, np.uint16)
         seen.extend(os.listdir(tmp_path))
-        raise error
+        raise KeyboardInterrupt
 
-    for before in ([], ["a.bin"]):
-        with pytest.raises(error):
-            shard_format.write_shard(tmp_path / "a.bin", pieces(), 257, 256)
-        assert len(seen) == len(before) + 1  # it did stand half written, under another name
-        assert [name for name in seen if name.endswith(".bin")] == before
-        assert os.listdir(tmp_path) == before
-        (tmp_path / "a.bin").write_bytes(b"old")
-        seen.clear()
-    assert (tmp_path / "a.bin").read_bytes() == b"old"
+    (tmp_path / "a.bin").write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt):
+        shard_format.write_shard(tmp_path / "a.bin", pieces(), 257, 256)
+    assert len(seen) == 2 and sorted(seen)[0] == "a.bin"  # it did stand half written, under another name
+    assert os.listdir(tmp_path) == ["a.bin"] and (tmp_path / "a.bin").read_bytes() == b"old"
 
 
 # ---- text
@@ -117,14 +112,6 @@ def test_text_is_the_documents_split_where_validation_has_a_tenth(text_folder):
     assert not set(val) & {part for document in train for part in document.split(b"\n\n")}
 
 
-def test_text_is_the_same_in_another_process(text_folder, tmp_path):
-    result = run("text", tmp_path)
-    assert result.returncode == 0 and not result.stderr
-    for path in text_folder.iterdir():
-        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
-        assert f"{path.name}: {read(path)[0][2]:,} tokens" in result.stdout
-
-
 def test_docstrings_come_in_source_order():
     source = '''"""module"""
 class A:
@@ -148,17 +135,8 @@ def test_tests_and_packages_are_left_out(tmp_path):
     for name in ("b.py", "a/c.py", "a/test/no.py", "a/tests/x/no.py", "idlelib/idle_test/no.py", "site-packages/no.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
-    (tmp_path / "notes.txt").write_text("no")
-    (tmp_path / "unreadable.py").mkdir()
     (tmp_path / "dangling.py").symlink_to("nowhere")
     assert list(generate.library_sources(tmp_path)) == [b"a/c.py", b"b.py"]
-
-
-def test_too_little_text_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(generate.sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(shard_format.ShardError, match="655,370"):
-        generate.make_text(tmp_path / "text")
-    assert os.listdir(tmp_path / "text") == []
 
 
 # ---- synthetic
@@ -188,18 +166,12 @@ def test_synthetic_counts_and_headers(synthetic_folder):
         assert ids.size == size and ids.max() == ids[0] == 50256
 
 
-def test_shards_depend_on_seed_and_index_only(synthetic_folder, tmp_path):
-    generate.make_synthetic(tmp_path / "one", 1, NUM_TOKENS, 70_001, seed=5)
-    for path in (tmp_path / "one").iterdir():
-        assert path.read_bytes() == (synthetic_folder / path.name).read_bytes()
-    generate.make_synthetic(tmp_path / "other", 1, 70_001, 70_001, seed=6)
-    paths = [*synthetic_folder.iterdir(), *(tmp_path / "other").iterdir()]
-    assert len({read(path)[1][:70_001].tobytes() for path in paths}) == len(paths) == 5
-
-
-def test_tokens_do_not_depend_on_the_pieces(synthetic_ids, monkeypatch):
+def test_shards_depend_on_seed_and_index_only(synthetic_ids, monkeypatch):
     monkeypatch.setattr(generate, "PIECE_TOKENS", 123_457)
-    assert np.array_equal(np.concatenate(list(generate.synthetic_pieces(NUM_TOKENS, 5, 1))), synthetic_ids)
+    again, *others = (np.concatenate([*generate.synthetic_pieces(size, seed, index)]) for size, seed, index in (
+        (NUM_TOKENS, 5, 1), (70_001, 5, 2), (70_001, 6, 1)))
+    assert np.array_equal(again, synthetic_ids)
+    assert not any(np.array_equal(other, again[:70_001]) for other in others)
 
 
 def test_document_lengths(synthetic_ids):
@@ -235,24 +207,18 @@ def test_defaults_carry_the_short_preset():
 
 # ---- what the user reads
 
-@pytest.mark.parametrize("command", ["text", "synthetic"])
-@pytest.mark.parametrize("name", ["file", "file/in"])
-def test_a_file_in_the_folders_place(tmp_path, command, name):
+def test_a_file_in_the_folders_place(tmp_path):
     (tmp_path / "file").write_text("")
-    assert_one_sentence(run(command, tmp_path / name), tmp_path / name, "name another folder")
-
-
-def test_a_folder_in_the_shards_place(tmp_path):
-    (tmp_path / "synthetic_val_000000.bin").mkdir()
-    assert_one_sentence(run("synthetic", tmp_path, "--val-tokens", 1000), tmp_path / "synthetic_val_000000.bin")
-    assert os.listdir(tmp_path) == ["synthetic_val_000000.bin"]
+    for name in ("file", "file/in"):
+        assert_one_sentence(run("synthetic", tmp_path / name), tmp_path / name, "name another folder")
 
 
 @pytest.mark.parametrize("option, value, word", [
     ("--tokens", 1, "1 tokens"), ("--tokens", 2**31, "2,147,483,648"), ("--val-tokens", 0, "validation"),
     ("--shards", 0, "0 shards"), ("--seed", -1, "seed -1")])
 def test_sizes_that_cannot_be(tmp_path, option, value, word):
-    assert_one_sentence(run("synthetic", tmp_path / "new", option, value), word, "ask for")
+    with pytest.raises(SystemExit, match=f"^shards.py: .*{word}.*ask for"):
+        shards.main(["synthetic", str(tmp_path / "new"), option, str(value)])
     assert not (tmp_path / "new").exists()
 
 
@@ -265,5 +231,4 @@ def test_a_full_disk(tmp_path, mount):
 
 def test_a_folder_that_cannot_be_written(tmp_path, mount):
     folder = mount(tmp_path / "disk", "size=512k,ro")
-    assert_one_sentence(run("synthetic", folder), folder, "Read-only", "name a folder that you can write to")
     assert_one_sentence(run("synthetic", folder / "new"), folder / "new", "name a folder that you can write to")

@@ -4,9 +4,10 @@
     bench.py --windows 3 14 27 --profile --json ab.json    # windows in blocks; and the kernels of both sides
     bench.py --kernels            # each hand-written kernel: its error, and its time against what it replaces
     bench.py --sweep-attention    # FlexAttention's block sizes, warps and stages
-    bench.py --choose FILE        # the script's two dictionaries of them, from a sweep's results
+    bench.py --choose FILE        # the script's two dictionaries of them, from a sweep by tests/gpu.sh
 
-With --json, what is measured lies in the file as it comes, so that a killed run leaves it.
+A line says what each measurement found; with --json, all of it lies in the file as it comes, so that a killed run
+leaves it.
 """
 import argparse
 import json
@@ -30,13 +31,14 @@ from torch.autograd import DeviceType
 from torch.nn.attention.flex_attention import flex_attention
 
 ROOT = Path(__file__).resolve().parents[3]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "data")]
 
 import plain_twin  # noqa: E402
 import train_gpt_medium as tgm  # noqa: E402
+from generate import synthetic_pieces  # noqa: E402
 from stages import write_json  # noqa: E402
 
-DATA_SEED = 77  # of the first hundred, the slice whose attention at window 14 comes closest to the run's 10.0 TFLOP
+DATA_SEED = 28  # of the first thirty, the slice whose attention at window 14 comes closest to the run's 10.0 TFLOP
 WARM_STEPS, LOAD_SECONDS = 10, 5  # the load brings clocks and temperature to where a run holds them
 ROUNDS, BLOCK_STEPS = 4, 5  # each round is the blocks A B B A
 HEAD_START = 10**7  # cycles that the GPU sleeps before a block, about 5 ms: launches are then not what is timed
@@ -58,31 +60,18 @@ Save = Callable[[str, dict, str], None]  # writes down at once what was found, b
 # ----------------------------------------------------------------------------------------------------------------------
 # What is measured: data like the run's, weights unlike the initial ones
 
-def real_looking_ids(num_tokens: int, config: tgm.Config, seed: int) -> Tensor:
-    """[num_tokens] int32: Zipf ids in documents of FineWeb's lengths, each beginning with config.doc_token.
-
-    Uniformly random ids would have neither documents nor embedding rows that many tokens share.
-    """
-    rng = np.random.default_rng(seed)
-    num_documents = num_tokens // 32 + 1  # no document is shorter than 32
-    lengths = 398 * np.exp(0.88 * rng.standard_normal(num_documents))
-    long = rng.random(num_documents) < 0.01
-    lengths[long] = 6000 * (1 + rng.pareto(1.2, long.sum()))
-    starts = np.cumsum(np.clip(lengths, 32, 130_000).astype(np.int64)) - int(np.clip(lengths[0], 32, 130_000))
-    words = rng.permutation(np.delete(np.arange(config.vocab_size, dtype=np.int32), config.doc_token))
-    frequency = 1 / np.arange(1, len(words) + 1)
-    ids = words[rng.choice(len(words), num_tokens, p=frequency / frequency.sum())]
-    ids[starts[starts < num_tokens]] = config.doc_token
-    return torch.from_numpy(ids)
-
-
 def as_window(blocks: int, device: torch.device) -> Tensor:
     """The model's window_blocks."""
     return torch.tensor(blocks, dtype=torch.int32, device=device)
 
 
 def one_slice(config: tgm.Config, device: torch.device) -> tuple[Tensor, Tensor]:
-    inputs, targets = tgm.split_pieces(real_looking_ids(config.seq_len + 1, config, DATA_SEED), config.seq_len)
+    """Ids [T] int32 and targets [T] int64: documents as long as FineWeb's and ids as uneven as words.
+
+    Uniformly random ids would have neither documents nor embedding rows that many tokens share.
+    """
+    ids = np.concatenate([*synthetic_pieces(config.seq_len + 1, DATA_SEED, 1, config.doc_token)])
+    inputs, targets = tgm.split_pieces(torch.from_numpy(ids.astype(np.int32)), config.seq_len)
     return inputs[0].to(device), targets[0].to(device)
 
 
@@ -130,11 +119,6 @@ def interleave(calls: dict[str, Callable[[], tuple]], rounds: int, block: int) -
     return {name: np.array(ms).reshape(rounds, 2 * block) for name, ms in times.items()}
 
 
-def show(label: str, *columns: float | str, end: str = "") -> None:
-    """A row of a table."""
-    print(f"{label:40}", *(f"{x:>9}" if isinstance(x, str) else f"{x:9.3f}" for x in columns), end, flush=True)
-
-
 def compare(title: str, calls: dict[str, Callable[[], tuple]]) -> tuple[dict[str, dict], str]:
     """Times by name, and a summary. All compiled and warm, some seconds of load, then the rounds of `interleave`.
 
@@ -146,12 +130,10 @@ def compare(title: str, calls: dict[str, Callable[[], tuple]]) -> tuple[dict[str
         interleave(calls, rounds=1, block=BLOCK_STEPS)
     times, rows = interleave(calls, ROUNDS, BLOCK_STEPS), {}
     first = times[next(iter(calls))]
-    show(title, "ms", "25 %", "75 %", "ratio", "least", "greatest")
     for name, ms in times.items():
         by_round = np.median(first, axis=1) / np.median(ms, axis=1)
         ratios = np.median(first) / np.median(ms), by_round.min(), by_round.max()
         rows[name] = {"ms": np.quantile(ms, (0.5, 0.25, 0.75)).tolist(), "ratio": [*map(float, ratios)]}
-        show(f"  {name}", *rows[name]["ms"], *rows[name]["ratio"])
     return rows, f"{title}: " + ", ".join(f"{name} {row['ms'][0]:.3f} ms" for name, row in rows.items())
 
 
@@ -200,13 +182,10 @@ def compare_sides(windows: list[int], profile: bool, config: tgm.Config, device:
             name: partial(step, model, *inputs) for name, model in sides.items()})
         for name, model in sides.items():
             rows[name] |= step_memory(model, *inputs)
-            show(f"  {name}: GB saved, and peak", rows[name]["saved_gb"], rows[name]["peak_gb"])
         peaks = " and ".join(f"{row['peak_gb']:.1f}" for row in rows.values())
         save(f"window {blocks}", rows, f"{says}, ratio {rows['plain']['ratio'][0]:.3f}, peaks {peaks} GB")
     for name, model in sides.items() if profile else ():
         kernels = profile_side(model, ids, targets, as_window(windows[0], device))
-        for kernel, (calls, ms) in [*kernels.items()][:20]:
-            show(f"{name}: {calls:g} calls", ms, end=kernel)
         save(f"profile of {name}", kernels, f"{len(kernels)} kernels of {name}")
 
 
@@ -286,7 +265,6 @@ def time_kernels(config: tgm.Config, device: torch.device, save: Save) -> None:
         error = kernel_error(small)  # fp32 logits of a whole slice would not fit
         rows, says = compare(case.name, {name: partial(record, partial(function, *case.inputs))
                                          for name, function in ({"ours": case.ours} | case.others).items()})
-        show("  relative error", f"{error:.2%}")
         save(case.name, rows | {"error": error}, f"{says}, error {error:.2%}")
         wrong += [case.name] * (not error < MARGIN)
     if wrong:
@@ -354,23 +332,17 @@ def sweep_attention(config: tgm.Config, device: torch.device, save: Save) -> Non
     for options in attention_options():
         for (name, rows), row in zip(swept.items(), time_attention(options, qkv, dy, masks, config.attention_scale)):
             rows.append(row)
-            show(name, row["ms"], end=f"{options or 'defaults'} {row.get('failed', '')}")
             chosen, ms = choose(rows)
             save(name, {"chosen": chosen, "candidates": rows}, f"window {SWEPT_WINDOWS[name]}: {rows[0]['ms']:.3f} ms, "
                  f"{ms:.3f} with {chosen}; {sum('failed' in row for row in rows)} configurations fail")
 
 
 def print_choice(path: str) -> None:
-    """The script's two dictionaries, to paste, from the newest sweep in a file of --json or of tests/gpu.sh."""
-    try:
-        content = json.loads(Path(path).read_text())
-        found = [run["result"] for run in content["runs"]] if "runs" in content else [content]
-        results = [results for results in found if SWEPT_WINDOWS.keys() <= results.keys()][-1]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise tgm.UserError(f"{path} holds no sweep: make one with --sweep-attention --json FILE.") from error
-    print(f"# by a sweep on {results['gpu']}, torch {results['torch']}")
+    """The script's two dictionaries, to paste, from the newest sweep in a file of tests/gpu.sh."""
+    runs = json.loads(Path(path).read_text())["runs"]
+    result = [run["result"] for run in runs if SWEPT_WINDOWS.keys() <= run["result"].keys()][-1]
     for name in SWEPT_WINDOWS:
-        print(textwrap.fill(f"{name} = {results[name]['chosen']}", 120, subsequent_indent=" " * (len(name) + 4)))
+        print(textwrap.fill(f"{name} = {result[name]['chosen']}", 120, subsequent_indent=" " * (len(name) + 4)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -381,22 +353,18 @@ def main(arguments: list[str], config: tgm.Config = tgm.Config(), device: torch.
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--windows", nargs="+", type=int, choices=range(1, 28), default=[14], metavar="BLOCKS",
                         help="long windows, 1 to 27 blocks")
-    parser.add_argument("--profile", action="store_true", help="the kernels of both sides at the first window")
+    parser.add_argument("--profile", action="store_true", help="both sides' kernels at the first window, for --json")
     parser.add_argument("--json", metavar="FILE", help="also write the results there")
     mode = parser.add_mutually_exclusive_group()
     for flag, measure in {"--kernels": time_kernels, "--sweep-attention": sweep_attention}.items():
         mode.add_argument(flag, dest="measure", action="store_const", const=measure, help=measure.__doc__)
     mode.add_argument("--choose", metavar="FILE", help="print the options that a sweep's results choose, to paste")
     options = parser.parse_args(arguments)
-    if options.profile and options.measure:
-        parser.error("argument --profile: it profiles two sides, give it alone or with --windows")
     if options.choose:
         print_choice(options.choose)
         return
     if not torch.cuda.is_available():
         raise tgm.UserError("a measurement needs a CUDA GPU and none is visible.")
-    if options.json and not Path(options.json).parent.is_dir():  # better now than after the measurement
-        raise tgm.UserError(f"{options.json} cannot be written: its folder does not exist.")
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as in a run
     torch._inductor.config.coordinate_descent_tuning = False  # minutes of compilation, another result every time
     facts = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": metadata.version("triton"),
@@ -406,6 +374,7 @@ def main(arguments: list[str], config: tgm.Config = tgm.Config(), device: torch.
 
     def save(name: str, found: dict, says: str) -> None:
         results[name], results["says"][name] = found, says
+        print(says, flush=True)
         if options.json:
             write_json(options.json, results)
 

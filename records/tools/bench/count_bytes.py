@@ -79,13 +79,6 @@ def build():
 '''
 
 
-def replace_file(name: str, text: str) -> None:
-    """Write beside this script, complete or not at all."""
-    target = Path(__file__).with_name(name)
-    target.with_suffix(".tmp").write_text(text)
-    target.with_suffix(".tmp").rename(target)
-
-
 def written_bytes(recipe: ModuleType) -> dict[str, int]:
     """By all calls of each hand-written operation in a recipe's published run, in bf16; FP8 is the MUDD head's."""
     config = recipe.Config()
@@ -125,7 +118,7 @@ if __name__ == "__main__":
               "unit": "GB of one slice of 65,536 tokens",
               "twin": count(tool, tgm, "plain_twin.GPT(sized(tgm))"), "fast": count(tool, tgm, "tgm.GPT(sized(tgm))"),
               "mudd_twin": count(tool, mudd, "plain_mudd()"), "mudd_fast": count(tool, mudd, "mudd.GPT(sized(mudd))")}
-    replace_file("kernel_bytes.json", json.dumps(result, indent=1) + "\n")
+    Path(__file__).with_name("kernel_bytes.json").write_text(json.dumps(result, indent=1) + "\n")
     for recipe in ("", "mudd_"):
         for name in ("all_but_attention", "saved"):
             twin, fast = (result[recipe + side][name] for side in ("twin", "fast"))

@@ -187,7 +187,7 @@ class Stage(NamedTuple):
     files: tuple[str, ...] = ()  # that decide its result, besides the trainer
 
 
-BENCH = "records/tools/bench/bench.py", "tests/plain_twin.py"
+BENCH = "records/tools/bench/bench.py", "tests/plain_twin.py", "data/generate.py"
 STAGES = (
     Stage("a", "three steps of `short`", 5, partial(run_steps, 3)),
     Stage("b", "the kernels' tests", 7, partial(run_tests, "test_kernels", "-k", "not compile"),  # which needs no GPU
@@ -337,9 +337,6 @@ def main(arguments: list[str]) -> int:
     if args.list:
         books = [json.loads(path.read_text()) for path in sorted(args.results.glob("gpu_*.json"))]
         print(as_table(books))
-        for book in books:
-            due = " ".join(stage.key for stage in STAGES if not is_done(book, stage))
-            print(f"{book['gpu']}, torch {book['torch']}: a call there would run {due or 'nothing'}")
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the stage in progress ends too
     return run_stages(args)
