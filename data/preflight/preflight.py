@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +30,8 @@ ROOT = Path(__file__).resolve().parents[2]
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 ALL_REDUCE_LIMIT_S, COLLECTIVE_LIMIT_S = 300, 60  # with the start of all ranks, which a cold disk slows; without
 SMI_LIMIT_S = 20
-RECORD_SECONDS, RECORD_TOKENS = 1374.7, 5535 * 524288  # 8xH100, records/2025-11-02_SmearMTP
+# Published, on 8xH100: of any script, and of one that has its own; records/*/published.json.
+RECORD_SECONDS_PER_TOKEN = {"": 1374.7 / (5535 * 524288), "train_gpt_mudd": 860.5 / 1_905_262_592}
 CPU_SECONDS_PER_TOKEN = 150 / (64 * 4096)  # tiny on 2 CPU cores, from shards to summary
 SHARD_BYTES = 1024 + 2 * 100_000_000
 LOG_BYTES = 2 * 2**20
@@ -230,7 +232,8 @@ def check_duration(gpus: list[Gpu], config) -> Line:
         minutes = CPU_SECONDS_PER_TOKEN * num_tokens / 60
         return Line("ok", "duration", f"about {minutes:.1f} minutes on 2 CPU cores (measured at tiny)")
     ranks = ranks_on(gpus)
-    minutes = RECORD_SECONDS / RECORD_TOKENS * num_tokens * 8 / ranks / 60
+    seconds_per_token = RECORD_SECONDS_PER_TOKEN.get(type(config).__module__, RECORD_SECONDS_PER_TOKEN[""])
+    minutes = seconds_per_token * num_tokens * 8 / ranks / 60
     return Line("ok", "duration", f"about {minutes:.0f} minutes of training on {ranks} x H100 (estimated from the "
                                   f"published run's time for a token), after minutes of compilation")
 
@@ -250,18 +253,16 @@ def find_script(preset: str) -> ModuleType:
     sys.exit(f"preflight: {preset!r} is not a preset of {Path(paths[0]).name}: choose one of {' '.join(known)}.")
 
 
-def report(gpus: list[Gpu], config, num_shards: int) -> list[Line]:
-    """All lines for a run that consumes so many training shards."""
+def report(gpus: list[Gpu], config, num_shards: int) -> Iterator[Line]:
+    """All lines for a run that consumes so many training shards; last, what takes seconds or, for MUDD, minutes."""
     shards_line = check_shards(config)
-    return [
-        check_gpus(gpus, config),
-        check_torch(gpus),
-        check_all_reduce(ranks_on(gpus), "nccl"),
-        check_memory(gpus, config),
-        shards_line,
-        *check_disk(config, 0 if shards_line.status == "ok" else num_shards),
-        check_duration(gpus, config),
-    ]
+    yield check_gpus(gpus, config)
+    yield check_torch(gpus)
+    yield check_all_reduce(ranks_on(gpus), "nccl")
+    yield shards_line
+    yield from check_disk(config, 0 if shards_line.status == "ok" else num_shards)
+    yield check_duration(gpus, config)
+    yield check_memory(gpus, config)
 
 
 def print_presets() -> None:
@@ -285,7 +286,8 @@ def look(preset: str, to: TextIO) -> str:
     """
     preset = preset or ("medium" if torch.cuda.device_count() or ask_nvidia_smi() else "tiny")
     script = find_script(preset)
-    print(f"checking this machine for the preset {preset}", file=to, flush=True)
+    print(f"checking this machine for the preset {preset}; memory, counted on the model itself, comes last", file=to,
+          flush=True)
     try:
         machine = memory.machine_of(script.PRESETS[preset]())
         config = machine.choose_config(script.PRESETS, [preset])
@@ -296,10 +298,11 @@ def look(preset: str, to: TextIO) -> str:
         gpus = list_gpus() if config.needs_gpu else []
     except RuntimeError as error:  # a GPU that does not work
         sys.exit(f"preflight: torch cannot use the GPUs ({str(error).splitlines()[0]}): take another node")
-    lines = report(gpus, config, num_shards)
-    for line in lines:
+    ready = True
+    for line in report(gpus, config, num_shards):
         print(f"{line.status:8} {line.subject:11} {line.text}", file=to, flush=True)
-    if any(line.status == "error" for line in lines):
+        ready = ready and line.status != "error"
+    if not ready:
         sys.exit("preflight: not ready, see the errors above")
     return f"{preset} {ranks_on(gpus) if config.needs_gpu else 0} {num_shards} {os.path.relpath(script.__file__, ROOT)}"
 
