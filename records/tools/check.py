@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -235,7 +235,8 @@ def known_losses(folder: Folder) -> list[float]:
     """Losses that the folder's own data give: along every curve, of all runs and their means, and with the spread of
     the final ones."""
     losses = [float(text) for text in re.findall(r"\d+\.\d+", json.dumps(folder.published or {}))]
-    for group in (folder.record, folder.baseline, folder.record + folder.baseline, folder.other, folder.failed):
+    others = [[*runs] for _, runs in groupby(folder.other, lambda run: role_of(run.path, folder.path))]
+    for group in (folder.record, folder.baseline, folder.record + folder.baseline, *others, folder.failed):
         by_step: dict[int, list[float]] = {}
         for validation in chain(*(run.validations for run in group)):
             by_step.setdefault(validation.step, []).append(validation.loss)
