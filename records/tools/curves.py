@@ -44,9 +44,9 @@ class Curve(NamedTuple):
     stds: np.ndarray  # of the losses
     seconds: np.ndarray
     tokens: np.ndarray | None  # None: the logs do not state them
-    extras: dict[str, tuple[np.ndarray, np.ndarray]]  # further fields of the validations: mean, deviation
-    # Between validations: step at the beginning, ms per step, deviation; the last value stands twice.
-    step_times: tuple[np.ndarray, np.ndarray, np.ndarray] | None
+    extras: dict[str, np.ndarray]  # further fields of the validations
+    # Between validations: step at the beginning, ms per step; the last value stands twice.
+    step_times: tuple[np.ndarray, np.ndarray] | None
 
 
 def read_side(path: Path) -> Side:
@@ -71,29 +71,24 @@ def mean_curve(side: Side) -> Curve:
     by_step = [{v.step: v for v in run.validations} for run in side.runs]
     steps = sorted(set.intersection(*map(set, by_step)))
 
-    def over_runs(value) -> tuple[np.ndarray, np.ndarray]:
-        table = np.array([[value(points[step]) for step in steps] for points in by_step])
-        return table.mean(0), spread(table)
+    def over_runs(value) -> np.ndarray:
+        return np.array([[value(points[step]) for step in steps] for points in by_step])
 
+    losses = over_runs(lambda v: v.loss)
     names = set.intersection(*(set(v.extras) for run in side.runs for v in run.validations))
     tokens = side.stated("tokens")
-    return Curve(side, np.array(steps), *over_runs(lambda v: v.loss), over_runs(lambda v: v.train_ms)[0] / 1000,
-                 None if tokens is None else tokens[steps],
-                 {name: over_runs(lambda v: v.extras[name]) for name in sorted(names)},
+    return Curve(side, np.array(steps), losses.mean(0), losses.std(0, ddof=min(1, len(losses) - 1)),
+                 over_runs(lambda v: v.train_ms).mean(0) / 1000, None if tokens is None else tokens[steps],
+                 {name: over_runs(lambda v: v.extras[name]).mean(0) for name in sorted(names)},
                  step_times_of(side, steps) if side.has_curve else None)
 
 
-def spread(values: np.ndarray) -> np.ndarray:
-    """Sample standard deviation over runs, [runs, n] -> [n]; 0 for one run."""
-    return values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
-
-
-def step_times_of(side: Side, steps: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def step_times_of(side: Side, steps: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Curve.step_times. Validations are exact, single steps jitter; steps before the clock are left out."""
     durations = np.stack([run.step_durations() for run in side.runs])
     edges = np.unique(np.maximum(steps, side.runs[0].clock_start))
-    ms = np.stack([durations[:, begin:end].mean(1) for begin, end in zip(edges, edges[1:])], axis=1)
-    return edges, *(np.append(values, values[-1]) for values in (ms.mean(0), spread(ms)))
+    ms = [durations[:, begin:end].mean(1).mean() for begin, end in zip(edges, edges[1:])]
+    return edges, np.array([*ms, ms[-1]])
 
 
 def published_curve(path: Path) -> Curve:
@@ -101,11 +96,10 @@ def published_curve(path: Path) -> Curve:
     runs, data = read_published(path)
     rows = data["record"]["mean_curve"]
     column = {key: np.array([row[key] for row in rows]) for key in rows[0]}
-    extras = {key: (column[key], column.get(f"{key}_std", np.zeros(len(rows))))
-              for key in column if "lambda" in key and not key.endswith("_std")}
+    extras = {key: values for key, values in column.items() if "lambda" in key and not key.endswith("_std")}
     steps = column["step"]
     per_step = np.diff(column["train_time_ms"]) / np.diff(steps)
-    times = steps, np.append(per_step, per_step[-1]), np.zeros(len(steps))
+    times = steps, np.append(per_step, per_step[-1])
     side = Side(f"{path.resolve().parent.name} (published)", runs, 0)
     return Curve(side, steps, column["val_loss"], column["val_loss_std"], column["train_time_ms"] / 1000, None, extras,
                  times)

@@ -255,11 +255,11 @@ def mean_of(group: Group) -> dict | None:
     curve = group.curve
     if curve is None or len(curve.steps) < 2 or len(curve.side.runs) < 2:
         return None
-    edges, ms = curve.step_times[:2] if curve.step_times else ([], [])
+    edges, ms = curve.step_times or ([], [])
     return {"label": f"{group.label}, ".removeprefix("all, ") + f"mean of {len(curve.side.runs)} runs",
             "step": plain(curve.steps), "loss": plain(np.round(curve.losses, 7)),
             "ms": plain(np.round(1000 * curve.seconds, 1)),
-            "scalars": {name: plain(np.round(mean, 7)) for name, (mean, _) in curve.extras.items()},
+            "scalars": {name: plain(np.round(mean, 7)) for name, mean in curve.extras.items()},
             "step_ms": {"x": plain(edges), "y": plain(np.round(ms, 3))} if len(edges) else None}
 
 

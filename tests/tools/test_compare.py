@@ -223,7 +223,7 @@ def test_windows_of_untimed_steps_alone_do_not_count(tmp_path):
     sides = [compare.read_side(tmp_path / side) for side in "ab"]
     rows = compare.compare_sides(*sides)["ms_per_step_at_equal_window"]
     assert len(rows) > 1 and sum(row["steps_a"] for row in rows) == 30
-    edges, ms, _ = curves.step_times_of(sides[0], [0, 20, 40])
+    edges, ms = curves.step_times_of(sides[0], [0, 20, 40])
     assert edges.tolist() == [10, 20, 40] and ms == pytest.approx(100)
     for row in rows:
         assert (row["ms_a"], row["ms_b"]) == (pytest.approx(100), pytest.approx(90))
