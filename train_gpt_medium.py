@@ -1788,6 +1788,15 @@ def draw_seed(config: Run, world: World) -> int:
     return int(seed)
 
 
+def set_up_compiler(coordinate_descent_tuning: bool) -> None:
+    """TorchInductor's settings. Imported here: the compiler takes as long to import as all else together."""
+    from torch._functorch import config as functorch
+    from torch._inductor import config as inductor
+    inductor.coordinate_descent_tuning = coordinate_descent_tuning
+    # By default graphs with a custom autograd Function are not cached: a warm start would trace them again.
+    functorch.autograd_cache_allow_custom_autograd_functions = True
+
+
 def compile_model(model: nn.Module, whole: bool, **options) -> None:
     """In place. whole: one graph, the fastest steps. Otherwise parts compile alone, and blocks of one kind share code.
 
@@ -1800,7 +1809,7 @@ def compile_model(model: nn.Module, whole: bool, **options) -> None:
     sections = [Path(file).read_text().partition("\n# Kernels:")[2].partition("\n# ---")[0] for file in sorted(files)]
     torch.compiler.config.cache_key_tag = hashlib.sha256("".join(sections).encode()).hexdigest()
     # Enough for a graph for training and one for validation of every kind of block, and one of every kind of bank.
-    from torch._dynamo import config  # here: the compiler takes as long to import as all else together
+    from torch._dynamo import config
     config.recompile_limit = max(config.recompile_limit, 2 * len(list(model.parameters())))
     if whole:
         model.compile(**options)
@@ -1894,11 +1903,7 @@ def main(config: Run, resume_from: str | None = None, script: str | None = None)
         model = config.make_model()
     compiled = partial(torch.compile, dynamic=False, fullgraph=True) if on_gpu else lambda function: function
     if on_gpu:
-        from torch._functorch import config as functorch
-        from torch._inductor import config as inductor
-        inductor.coordinate_descent_tuning = config.coordinate_descent_tuning
-        # By default graphs with a custom autograd Function are not cached: a warm start would trace them again.
-        functorch.autograd_cache_allow_custom_autograd_functions = True
+        set_up_compiler(config.coordinate_descent_tuning)
         compile_model(model, whole=config.coordinate_descent_tuning)
     if world.size > 1:
         for p in model.parameters():

@@ -78,8 +78,10 @@ def fetch_shard(hub, folder, endpoint, name):
         try:
             part = Path(hub.hf_hub_download(local_dir=folder / PARTIAL, **file))
             break
-        except OSError as error:  # of a connection that was closed, the library takes some for final
-            if not tries_left or error.errno is not None:  # the disk's
+        # Of a connection that was closed, the library takes some errors for final. The second is its own: it removes a
+        # note that a full disk cut off, and then looks for what the note said.
+        except (OSError, UnboundLocalError) as error:
+            if not tries_left or getattr(error, "errno", None) is not None:  # the disk's
                 raise
             time.sleep(1)
     try:

@@ -15,7 +15,7 @@ if not os.path.exists("/dev/nvidiactl"):
 
 # So that no worker is left alone with one of them at the end.
 SLOW_FILES = ("test_edits.py", "test_kernels.py", "test_compiled.py", "test_cli.py", "test_faults.py",
-              "test_trajectory.py")
+              "test_trajectory.py", "test_memory.py", "test_mudd.py", "test_second_recipe.py")
 
 
 @pytest.fixture

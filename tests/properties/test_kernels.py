@@ -162,16 +162,13 @@ def test_kernels_compile_for_an_h100_without_spills():
     assert kernel_specs.sum_up("120", small).endswith("left to torch: mlp_gemm_kernel, symmetric_product_kernel")
 
 
-@pytest.mark.parametrize("world_sizes", ["()", pytest.param("(1,)", marks=pytest.mark.slow)])
-def test_generated_kernels_compile_for_a_gpu_that_is_not_there(world_sizes):
-    """Those of one layer. Its attention is asked to load more tiles ahead than a multiprocessor holds.
-
-    world_sizes: whose updates are compiled, too.
-    """
-    kernels = kernel_specs.compiled(f"""[
+@pytest.mark.slow
+def test_generated_kernels_compile_for_a_gpu_that_is_not_there():
+    """Those of one layer. Its attention is asked to load more tiles ahead than a multiprocessor holds."""
+    kernels = kernel_specs.compiled("""[
         tgm.LONG_WINDOW_KERNEL.clear(), tgm.LONG_WINDOW_KERNEL.update(fwd_num_stages=7), compile_generated(tgm.Config(
             layers=(tgm.Layer(long_window=True),), backout_from=0, num_heads=1, vocab_size=256, doc_token=255,
-            seq_len=1024, val_seq_len=1024, coordinate_descent_tuning=False), world_sizes={world_sizes})][2]""")
+            seq_len=1024, val_seq_len=1024, coordinate_descent_tuning=False), world_sizes=(1,))][2]""")
     updates = [k for k in kernels if k.phase == "updates-1-rank"]
     assert {k.phase for k in kernels if k not in updates} == {"training-forward", "training-backward", "validation"}
     assert all(k.num_warps > 0 and k.registers > 0 for k in kernels)
@@ -181,7 +178,7 @@ def test_generated_kernels_compile_for_a_gpu_that_is_not_there(world_sizes):
     assert [k.config for k in attention] == ["BLOCK_M=128,BLOCK_N=64"]
     assert attention[0].shared_bytes >= (128 + 7 * 2 * 64) * 128 * 2  # of q, and seven times k and v
     tried = {k.config for k in updates if "transpose" in k.name and "YBLOCK" in k.config}
-    assert len(tried) > 3 or world_sizes == "()"  # each configuration
+    assert len(tried) > 3  # each configuration
     with pytest.raises(tgm.UserError, match=rf"^{attention[0].name} \(BLOCK_M=128,BLOCK_N=64\) needs 2[\d,]+ bytes"):
         kernel_specs.refuse_too_large([attention[0]])
     kernel_specs.refuse_too_large([k for k in kernels if "flex_attention" not in k.name])
