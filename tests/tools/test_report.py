@@ -84,28 +84,6 @@ def test_another_task_is_not_held_against_the_target(tmp_path, where):
     assert ("readme" in {row[1] for row in data["check"]["table"].rows}) == (where != "campaign")
 
 
-def test_a_campaigns_headline_is_the_difference(tmp_path):
-    """Of the record's task: the target is told, too."""
-    for side, specs in (("A", logs.baseline_specs()), ("B", logs.record_specs())):
-        logs.write_logs(tmp_path / side, specs)
-    data = report.gather(tmp_path)
-    assert "B ends" in data["headline"] and data["target"] == 2.92 and "8 runs end" in data["sentences"][2]
-    assert data["sentences"][-1].startswith("By the rules of check: a comparison of B with A: keeps every rule")
-
-
-def test_tables_that_differ_show_the_rows_that_do(tmp_path):
-    """A rate within a group, a group more, and a layer less; what is no table is shown whole."""
-    a = "Group(name='mlp', rule=Muon(lr=0.03))", "Group(name='head', rule=AdamW(betas=(0.8, 0.95)))"
-    b = "Group(name='new', rule=AdamW())", a[0].replace("3", "2"), a[1]
-    for side, rows, layers in (("A", a, "(Layer(), Layer())"), ("B", b, "(Layer(),)")):
-        logs.write_log(tmp_path / side, logs.Spec(
-            constants=f"groups = ({', '.join(rows)})\nlayers = {layers}\nbetas = (1, {len(rows)})\nother = ()"))
-    differing, shared = report.gather(tmp_path)["constants"]
-    assert differing.rows == [["groups[mlp]", a[0], b[1]], ["layers[1]", "Layer()", "not stated"],
-                                 ["betas", "(1, 2)", "(1, 3)"], ["groups[new]", "not stated", b[0]]]
-    assert shared.rows == [["groups[head]", a[1]], ["layers[0]", "Layer()"], ["other", "()"]]
-
-
 def test_logs_that_no_statistic_covers_are_shown_all_the_same(tmp_path):
     """Of several lengths, unfinished, compressed; a damaged one is told by `check`."""
     logs.write_logs(tmp_path, [logs.Spec(seed=1), logs.Spec(seed=2, num_iterations=100),

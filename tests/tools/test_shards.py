@@ -3,7 +3,6 @@ import os
 import struct
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -112,33 +111,6 @@ def test_text_is_the_documents_split_where_validation_has_a_tenth(text_folder):
     assert not set(val) & {part for document in train for part in document.split(b"\n\n")}
 
 
-def test_docstrings_come_in_source_order():
-    source = '''"""module"""
-class A:
-    """class
-
-    indented  """
-    def f(self):
-        """method \\d"""
-def g():
-    """function"""
-    x = """no docstring"""
-class B: pass
-'''
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # the method's backslash is worth one
-        assert generate.docstrings(source.encode()) == ["module", "class\n\nindented", "method \\d", "function"]
-    assert generate.docstrings(b"def broken(") == generate.docstrings(b"\0") == []
-
-
-def test_tests_and_packages_are_left_out(tmp_path):
-    for name in ("b.py", "a/c.py", "a/test/no.py", "a/tests/x/no.py", "idlelib/idle_test/no.py", "site-packages/no.py"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(name)
-    (tmp_path / "dangling.py").symlink_to("nowhere")
-    assert list(generate.library_sources(tmp_path)) == [b"a/c.py", b"b.py"]
-
-
 # ---- synthetic
 
 NUM_TOKENS = 3_000_000  # more than two pieces, and no whole number of them
@@ -184,20 +156,6 @@ def test_document_lengths(synthetic_ids):
     assert abs(np.log(np.median(lengths) + 0.5) - np.log(402.5)) < 4 * 1.114 / lengths.size**0.5 + 0.5 / 402.5
 
 
-def test_zipf_frequencies(synthetic_ids):
-    ids = synthetic_ids[synthetic_ids != 50256]
-    weights = 1 / np.arange(1, 50257)
-    chances = weights / weights.sum()
-    counts = np.bincount(ids, minlength=50256)
-    sigma = np.sqrt(ids.size * chances * (1 - chances))  # of one count of a multinomial
-    assert np.all(np.abs(counts - ids.size * chances)[:200] < 5 * sigma[:200])
-    # All ids, by blocks so that each expects enough: chi-square of k blocks has mean k - 1, variance 2 (k - 1).
-    edges = np.arange(0, 50256, 64)
-    expected = np.add.reduceat(ids.size * chances, edges)
-    chi2 = np.sum((np.add.reduceat(counts, edges) - expected) ** 2 / expected)
-    assert abs(chi2 - (edges.size - 1)) < 5 * (2 * (edges.size - 1)) ** 0.5
-
-
 def test_defaults_carry_the_short_preset():
     args = shards.parse(["synthetic"])
     assert args.shards * ((args.tokens - 1) // 524_288) >= 300 > (args.shards - 1) * ((args.tokens - 1) // 524_288)
@@ -206,12 +164,6 @@ def test_defaults_carry_the_short_preset():
 
 
 # ---- what the user reads
-
-def test_a_file_in_the_folders_place(tmp_path):
-    (tmp_path / "file").write_text("")
-    for name in ("file", "file/in"):
-        assert_one_sentence(run("synthetic", tmp_path / name), tmp_path / name, "name another folder")
-
 
 @pytest.mark.parametrize("option, value, word", [
     ("--tokens", 1, "1 tokens"), ("--tokens", 2**31, "2,147,483,648"), ("--val-tokens", 0, "validation"),
