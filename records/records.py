@@ -96,7 +96,7 @@ def add_planning_commands(commands) -> None:
     filing.add_argument("name", metavar="NAME")
     runs = filing.add_mutually_exclusive_group(required=True)
     runs.add_argument("--logs", type=Path, nargs="+", help="logs or folders: all runs")
-    runs.add_argument("--sides", type=Path, nargs="+", help="of an experiment: folders A, B, C, ... of logs")
+    runs.add_argument("--sides", type=Path, nargs="+", help="experiment's folders, kept as A (the baseline), B, ...")
     filing.add_argument("--baseline", type=Path, nargs="+", default=[], help="logs or folders of the baseline")
     filing.add_argument("--what", required=True, help="what changed and why: the README's first section")
     filing.add_argument("--experiment", action="store_true", help="not of the record's task: make it in "

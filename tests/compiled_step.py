@@ -213,11 +213,6 @@ def windows(*blocks: int) -> list[dict[str, torch.Tensor]]:
     return [{"window_blocks": helpers.as_window(n)} for n in blocks]
 
 
-def mudd_inputs(window: int, yarn: int, mtp_1: float, mtp_2: float) -> dict[str, torch.Tensor]:
-    return dict(window_blocks=helpers.as_window(window), yarn=helpers.as_window(yarn), mtp_1=torch.tensor(mtp_1),
-                mtp_2=torch.tensor(mtp_2))
-
-
 def weights(bank: tgm.Bank) -> torch.Tensor:
     """In fp32, with the lower bits where there are some; a copy."""
     return (tgm.read_weights(bank.shard, bank.state["mantissa"]) if "mantissa" in bank.state else bank.shard).clone()

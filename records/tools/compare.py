@@ -6,13 +6,14 @@ import math
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
+from string import ascii_uppercase
 from typing import NamedTuple
 
 import numpy as np
 
 from curves import Curve, Side, mean_curve, read_side
 from inference import CONFIDENCE, Interval, format_p, holm, mean_interval, paired, signed, std, welch
-from run_log import Run
+from run_log import RecordError, Run
 from tables import Table, format_json
 
 SLOPE_STEPS = 0.05  # of the run: the last part of the loss curve, whose slope turns loss into steps
@@ -224,8 +225,9 @@ def compare_sides(a: Side, b: Side) -> dict:
     result = {"a": describe_side(a), "b": describe_side(b), "confidence": CONFIDENCE,
               "loss_difference": asdict(welch(a.losses, b.losses)),
               "seconds_difference": asdict(welch(a.seconds, b.seconds)), "warnings": warnings_for(a, b)}
-    if order_by_seed(a, b):
-        result["loss_difference_paired_by_seed"] = asdict(difference(a, b, a.losses, b.losses))
+    order = order_by_seed(a, b)
+    if order:
+        result["loss_difference_paired_by_seed"] = asdict(difference(order, a.losses, b.losses))
     if a.has_curve and b.has_curve:
         curves = mean_curve(a), mean_curve(b)
         result |= {"loss_at_equal": loss_rows(*curves), "steps_at_equal_loss": steps_at_equal_loss(a, b, curves)}
@@ -234,9 +236,8 @@ def compare_sides(a: Side, b: Side) -> dict:
     return result
 
 
-def difference(a: Side, b: Side, values_a: list[float], values_b: list[float]) -> Interval:
-    """B's values minus A's, one a run: in pairs where both sides ran the same seeds, else by Welch."""
-    order = order_by_seed(a, b)
+def difference(order: list[list[int]] | None, values_a: list[float], values_b: list[float]) -> Interval:
+    """B's values minus A's, one a run: in pairs by the `order` of their seeds or, where that is None, by Welch."""
     return paired(*(np.take(v, i) for v, i in zip((values_a, values_b), order))) if order else welch(values_a, values_b)
 
 
@@ -246,16 +247,18 @@ def losses_at(side: Side, step: int) -> list[float]:
 
 def compare_several(a: Side, others: list[Side]) -> dict:
     """Losses and steps at equal loss of each other side minus A's, as plain values. `p_holm` is corrected for the
-    number of the other sides."""
+    number of the other sides. Raises RecordError on a side without a curve."""
+    if flat := [side.name for side in (a, *others) if not side.has_curve]:
+        raise RecordError(f"{', '.join(flat)} has no curve of three validations: compare it with one side.")
     curve_a, rows = mean_curve(a), []
     for b in others:
-        curve_b = mean_curve(b)
+        curve_b, order = mean_curve(b), order_by_seed(a, b)
         _, reached = reach_equal_loss(a, b, (curve_a, curve_b))
         rows.append(describe_side(b) | {
-            "paired": order_by_seed(a, b) is not None, "loss_difference": asdict(difference(a, b, a.losses, b.losses)),
-            "steps_at_equal_loss": asdict(difference(a, b, *([step for step, _ in runs] for runs in reached))),
+            "paired": order is not None, "loss_difference": asdict(difference(order, a.losses, b.losses)),
+            "steps_at_equal_loss": asdict(difference(order, *([step for step, _ in runs] for runs in reached))),
             "loss_at_equal_step": [
-                {"step": int(step)} | asdict(difference(a, b, losses_at(a, step), losses_at(b, step)))
+                {"step": int(step)} | asdict(difference(order, losses_at(a, step), losses_at(b, step)))
                 for step in np.intersect1d(curve_a.steps, curve_b.steps)[1:]]})
     for key in ("loss_difference", "steps_at_equal_loss"):
         for row, p in zip(rows, holm([row[key]["p"] for row in rows])):
@@ -292,6 +295,12 @@ def between(low: float, high: float, spec: str) -> str:
     return f"{low:{spec}} to {high:{spec}}" if math.isfinite(low) else ""
 
 
+def interval_cells(i: dict, spec: str) -> list[str]:
+    """An Interval's value, bounds, p and, where there is one, corrected p; blank where one run forbids them."""
+    return [or_blank(i["value"], spec), between(i["low"], i["high"], spec),
+            *(format_p(i[p]) if math.isfinite(i[p]) else "" for p in ("p", "p_holm") if p in i)]
+
+
 def sides_table(sides: dict[str, dict]) -> Table:
     """sides: of `describe_side`, by label."""
     return Table("Runs that finished", ["", "n", "steps", "mean loss", "std", f"{CONFIDENCE:.0%} interval",
@@ -308,9 +317,7 @@ def difference_table(r: dict) -> Table:
              *((f"of which {PARTS[name]} (s)", part, "+.3f") for name, part in r.get("decomposition", {}).items()),
              ("steps at equal loss", r.get("steps_at_equal_loss", {}).get("difference"), "+.1f")]
     return Table(f"B - A, {basis(r)}", ["", "difference", f"{CONFIDENCE:.0%} interval", "p"], [
-        [name, signed(i["value"], spec), between(i["low"], i["high"], spec),
-         format_p(i["p"]) if math.isfinite(i["p"]) else ""]
-        for name, i, spec in found if i and math.isfinite(i["value"])])
+        [name, *interval_cells(i, spec)] for name, i, spec in found if i and math.isfinite(i["value"])])
 
 
 def step_time_table(r: dict, labels: list[str]) -> Table | None:
@@ -353,27 +360,23 @@ def report(r: dict) -> str:
 
 def tables_of_several(r: dict) -> list[Table]:
     """Of `compare_several`: the sides, B, C, ... against A, and their losses minus A's at equal steps."""
-    labels = [chr(ord("B") + i) for i in range(len(r["others"]))]
-    pairing = "in pairs by seed" if all(row["paired"] for row in r["others"]) else "Welch where seeds differ"
-    rows = [[f"{label} - A", *(text for key, spec in (("loss_difference", "+.6f"), ("steps_at_equal_loss", "+.1f"))
-                               for i in [row[key]] for text in (
-                                   or_blank(i["value"], spec), between(i["low"], i["high"], spec), format_p(i["p"]),
-                                   format_p(i["p_holm"])))] for label, row in zip(labels, r["others"])]
+    others = dict(zip(ascii_uppercase[1:], r["others"]))
     interval = f"{r['confidence']:.0%} interval"
-    steps = sorted(set.intersection(*({point["step"] for point in row["loss_at_equal_step"]} for row in r["others"])))
-    at_step = [{point["step"]: point for point in row["loss_at_equal_step"]} for row in r["others"]]
-    return [sides_table({"A": r["a"]} | dict(zip(labels, r["others"]))),
+    pairing = "in pairs by seed" if all(row["paired"] for row in r["others"]) else "Welch where seeds differ"
+    rows = [[f"{label} - A", *interval_cells(row["loss_difference"], "+.6f"),
+             *interval_cells(row["steps_at_equal_loss"], "+.1f")] for label, row in others.items()]
+    curves = [{point["step"]: point for point in row["loss_at_equal_step"]} for row in r["others"]]
+    at_step = [[f"{step:,}", *(f"{p['value']:+.4f} ({between(p['low'], p['high'], '+.4f') or 'one run'})" for p in (
+        curve[step] for curve in curves))] for step in sorted(set.intersection(*map(set, curves)))]
+    return [sides_table({"A": r["a"]} | others),
             Table(f"Against A, {pairing}; p* by Holm for {len(rows)} comparisons", [
                 "", "final loss", interval, "p", "p*", "steps at equal loss", interval, "p", "p*"], rows),
-            Table(f"Loss minus A's at equal step, {interval}", ["step", *(f"{label} - A" for label in labels)], [
-                [f"{step:,}", *(f"{p['value']:+.4f} ({between(p['low'], p['high'], '+.4f')})" for p in
-                                (points[step] for points in at_step))] for step in steps])]
+            Table(f"Loss minus A's at equal step, {interval}", ["step", *(row[0] for row in rows)], at_step)]
 
 
 def report_several(r: dict) -> str:
-    names = [side["name"] for side in (r["a"], *r["others"])]
-    sides = "\n".join(f"{chr(ord('A') + i)}: {name}" for i, name in enumerate(names))
-    parts = [sides, *(table.as_text() for table in tables_of_several(r))]
+    names = "\n".join(f"{label}: {side['name']}" for label, side in zip(ascii_uppercase, (r["a"], *r["others"])))
+    parts = [names, *(table.as_text() for table in tables_of_several(r))]
     return "\n\n".join(parts + ["\n".join(f"warning: {line}" for line in r["warnings"])]).rstrip()
 
 

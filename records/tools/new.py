@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from string import ascii_uppercase
 
 import numpy as np
 
@@ -140,10 +141,11 @@ def new(name: str, date: str, logs: list[Path], baseline: list[Path], what: str,
         records: Path = RECORDS, experiment: bool = False, sides: Sequence[Path] = ()) -> int:
     """Makes records/DATE_NAME, refreshes the leaderboard, and returns what `check` says of the folder.
 
-    experiment: makes records/experiments/DATE_NAME instead, which the leaderboard does not list. sides: of an
-    experiment, folders A, B, C, ... of logs, which stay apart, in place of `logs` and `baseline`. Raises RecordError,
-    and leaves nothing behind, if a log is damaged or no log is finished.
+    experiment: makes records/experiments/DATE_NAME instead, which the leaderboard does not list. sides: in place of
+    `logs` and `baseline`, folders of an experiment's logs, which stay apart as A, B, C, ... Raises RecordError, and
+    leaves nothing behind, if a log is damaged or no log is finished.
     """
+    experiment = experiment or bool(sides)
     if not is_date(date) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise RecordError(f"{date}_{name} is no name of a record: give a date YYYY-MM-DD and letters, digits, - or _.")
     folder = records / (check.EXPERIMENTS if experiment else "") / f"{date}_{name}"
@@ -151,7 +153,8 @@ def new(name: str, date: str, logs: list[Path], baseline: list[Path], what: str,
         raise RecordError(f"{folder} exists already: choose another name.")
     folder.mkdir(parents=True)
     try:
-        for paths, place in [([side], folder / side.name) for side in sides] or [(logs, folder)]:
+        apart = [([side], folder / name) for name, side in zip(ascii_uppercase, sides)]
+        for paths, place in apart or [(logs, folder)]:
             if not copy_logs(paths, place, folder / "failed"):
                 raise RecordError("none of the logs is finished: a record needs finished runs.")
         copy_logs(baseline, folder / "baseline", folder / "failed")

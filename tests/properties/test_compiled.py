@@ -59,8 +59,9 @@ def test_the_second_experiment():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_mudd_recipe(dtype):
     """Six layers of every kind, one graph; five minutes each, most of them in the plain loss of validation."""
-    inputs = "[mudd_inputs(5, 1, 0.5, 0.25)]"
-    assert_equal(run(f"compiled_errors(make_mudd(256, dtype=torch.{dtype}), {DOCUMENTS}, {inputs}, **LARGE_TILES)"))
+    assert_equal(run(f"""compiled_errors(make_mudd(256, dtype=torch.{dtype}), {DOCUMENTS}, [dict(
+        window_blocks=helpers.as_window(5), yarn=helpers.as_window(1), mtp_1=torch.tensor(0.5),
+        mtp_2=torch.tensor(0.25))], **LARGE_TILES)"""))
 
 
 @pytest.mark.slow

@@ -190,6 +190,8 @@ def test_several_sides_are_held_against_the_first(tmp_path, capsys):
         [2 * expected[0].pvalue, max(2 * expected[0].pvalue, expected[1].pvalue)])
     assert records.main(["compare", *map(str, paths)]) == 0
     assert "C - A" in capsys.readouterr().out
+    assert records.main(["compare", *map(str, paths), str(RECORDS / "2025-11-02_SmearMTP")]) == 2
+    assert "has no curve" in capsys.readouterr().err
 
 
 def test_unfinished_runs_are_left_out_and_named(sides, tmp_path):
