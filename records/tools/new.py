@@ -87,7 +87,11 @@ def describe_runs(folder: Path, record: check.Folder) -> list[str]:
     baseline = [run for run in record.baseline if run.finished]
     if baseline:
         r = compare.compare_sides(*map(compare.read_side, (folder / "baseline", folder)))
-        parts.append(describe_baseline(baseline, r))
+        (loss, seconds), differences = figures_of(baseline), compare.difference_table(r)
+        parts.append(
+            f"## Baseline\n\nMean loss {loss} nats/token, mean train time {seconds} s; {baseline[0].num_iterations:,} "
+            f"steps, torch {one_of(baseline, 'torch')}, {one_of(baseline, 'hardware')}.\n\n{runs_table(baseline)}\n\n"
+            f"Record minus baseline, {compare.basis(r)}:\n\n{format_markdown(differences.header, differences.rows)}")
         if record.experiment:
             claims = "\n".join(f"- {claim}" for claim in claims_of_difference(r))
             parts.insert(0, f"A is the baseline. B are the other runs.\n\n{claims}")
@@ -101,15 +105,6 @@ def describe_sides(folder: Path, record: check.Folder) -> list[str]:
     tables = compare.tables_of_several(compare.compare_several(sides[0], sides[1:]))
     return ["## Results"] + [f"{table.caption}:\n\n{format_markdown(table.header, table.rows)}" for table in tables] + [
         f"## All {len(side.runs)} runs of {side.name}\n\n{runs_table(side.runs)}" for side in sides]
-
-
-def describe_baseline(baseline: list[Run], r: dict) -> str:
-    """The baseline's runs and what `compare` says: r."""
-    loss, seconds = figures_of(baseline)
-    differences = compare.difference_table(r)
-    return (f"## Baseline\n\nMean loss {loss} nats/token, mean train time {seconds} s; {baseline[0].num_iterations:,} "
-            f"steps, torch {one_of(baseline, 'torch')}, {one_of(baseline, 'hardware')}.\n\n{runs_table(baseline)}\n\n"
-            f"Record minus baseline, {compare.basis(r)}:\n\n{format_markdown(differences.header, differences.rows)}")
 
 
 def leaderboard(records: Path) -> str:

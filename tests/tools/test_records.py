@@ -13,7 +13,7 @@ FOLDER = RECORDS / "2025-11-02_SmearMTP"
 
 DATA = json.loads((FOLDER / "published.json").read_text(encoding="utf-8"))
 RECORD, PREVIOUS = DATA["record"], DATA["previous_record"]
-LOSSES, TIMES, CURVE = RECORD["val_loss"], RECORD["train_time_s"], RECORD["mean_curve"]
+TIMES, CURVE = RECORD["train_time_s"], RECORD["mean_curve"]
 MUDD_FOLDER = RECORDS / "2026-04-27_MUDD"
 MUDD = json.loads((MUDD_FOLDER / "published.json").read_text(encoding="utf-8"))["record"]
 
