@@ -15,7 +15,7 @@ usage() {
 usage: ./run.sh [PRESET]
 
 Sets up Python, looks at the machine and trains. It says what it finds and does, and it is safe to run again.
-  no GPU    makes shards from text that Python carries and trains `tiny`: 2 to 4 minutes on 2 cores
+  no GPU    makes shards from text that Python carries and trains `tiny`: 2 to 5 minutes on 2 cores
             (`small`: half as wide and deep, 240 steps, for comparisons)
   GPUs      fetches the FineWeb shards that are missing and trains `medium` (the record), or the preset named
             (`baseline`: the same without Smear-MTP, 5,550 steps), on the largest of 8, 4, 2, 1 of them with torchrun

@@ -159,7 +159,7 @@ def not_counted(subject: str, config, error: Exception) -> Line:
 def check_memory(gpus: list[Gpu], config) -> Line:
     """What the run should need (memory.py) against what is free; where it is too much, the length that fits."""
     if not config.needs_gpu:
-        return Line("ok", "memory", "less than 0.8 GiB of main memory (measured at small)")
+        return Line("ok", "memory", "less than 0.8 GiB of main memory (measured at tiny)")
     if not gpus:
         return Line("warning", "memory", "no GPU whose memory could be compared")
     ranks = ranks_on(gpus)
